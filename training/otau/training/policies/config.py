@@ -1,0 +1,184 @@
+"""The policy's part of an OpenTau-style configuration.
+
+OpenTau writes its whole training pipeline to `train_config.json` and, when it publishes, the policy alone
+to `config.json`. Only what the model, the compiler and the runtime need is read; the other keys are left
+alone, since OpenTau's versions differ in them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+from otau.runtime.errors import CheckpointError, UsageError, nearest_name
+
+__all__ = ["CONFIG_FILES", "Feature", "NormMode", "PolicyConfig", "read_config"]
+
+CONFIG_FILES = ("config.json", "hf_config.json", "train_config.json")
+"""Where a policy's configuration is looked for, in this order."""
+
+NormMode = Literal["IDENTITY", "MEAN_STD", "MIN_MAX", "QUANTILE"]
+
+
+class Feature(msgspec.Struct, frozen=True):
+    """One input or output of the policy."""
+
+    type: str
+    shape: tuple[int, ...]
+
+
+class PolicyConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What is read of a policy's configuration; defaults are OpenTau's."""
+
+    type: str
+    input_features: dict[str, Feature]
+    output_features: dict[str, Feature]
+    normalization_mapping: dict[str, NormMode]
+    chunk_size: int = 50
+    n_action_steps: int = 50
+    max_delay: int = 0
+    num_steps: int = 10
+    max_state_dim: int = 32
+    max_action_dim: int = 32
+    resize_imgs_with_padding: tuple[int, int] | None = (224, 224)
+    empty_cameras: int = 0
+    proj_width: int = 1024
+    config_version: int | None = None
+    dataset_names: tuple[str, ...] | None = None
+    delta_action_state_map: dict[str, int] | None = None
+    state_type: Literal["discrete", "continuous"] = "discrete"
+    prompt_max_length: int = 256
+    tokenizer_max_length: int = 48
+    predict_response: bool = False
+    advantage: str = "ignore"
+
+    def cameras(self) -> dict[str, tuple[int, int]]:
+        """Camera name -> (height, width) [px], in the order of the prefix."""
+        visual = {name: f for name, f in self.input_features.items() if f.type == "VISUAL"}
+        flat = [name for name, f in visual.items() if len(f.shape) != 3]
+        if flat:
+            raise CheckpointError(
+                "a camera's shape is not (channels, height, width)", where=flat[0], got=visual[flat[0]].shape
+            )
+        return {name: self.resize_imgs_with_padding or (f.shape[1], f.shape[2]) for name, f in visual.items()}
+
+    @property
+    def state_dim(self) -> int:
+        """Width of the raw state."""
+        return self._width(self.input_features, "STATE")
+
+    @property
+    def action_dim(self) -> int:
+        """Width of the raw actions."""
+        return self._width(self.output_features, "ACTION")
+
+    @property
+    def eps(self) -> float:
+        """Epsilon of the normalisation: 1e-8 for version 0, 1e-6 since and where no version is given."""
+        return 1e-8 if self.config_version == 0 else 1e-6
+
+    @staticmethod
+    def _width(features: dict[str, Feature], kind: str) -> int:
+        widths = [f.shape[0] for f in features.values() if f.type == kind and f.shape]
+        if len(widths) != 1:
+            raise CheckpointError(
+                f"the configuration names {len(widths)} features of type {kind}",
+                expected=f"exactly one {kind} feature with a shape",
+                got=", ".join(features) or "none",
+                fix="correct input_features and output_features in the checkpoint's configuration",
+            )
+        return widths[0]
+
+
+def read_config(folder: Path, known_types: tuple[str, ...]) -> PolicyConfig:
+    """Read the policy's configuration from a checkpoint folder.
+
+    Args:
+        folder: The checkpoint.
+        known_types: Policy types that can be built.
+
+    Returns:
+        The checked configuration.
+
+    Raises:
+        UsageError: There is no configuration, or its policy type is not known.
+        CheckpointError: The configuration is not valid.
+    """
+    path = next((folder / name for name in CONFIG_FILES if (folder / name).is_file()), None)
+    if path is None:
+        raise UsageError(
+            "this checkpoint has no configuration",
+            where=folder,
+            expected=" or ".join(CONFIG_FILES),
+            got=", ".join(sorted(p.name for p in folder.iterdir())[:10]) or "an empty folder",
+            fix="name the checkpoint folder itself, for example run/checkpoints/000040",
+        )
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            "the configuration is not valid JSON", where=path, got=error, fix="copy the checkpoint again"
+        ) from None
+    policy = document.get("policy", document) if isinstance(document, dict) else document
+    kind = policy.get("type") if isinstance(policy, dict) else None
+    if kind not in known_types:
+        raise UsageError(
+            f"unknown policy type {kind!r}",
+            where=path,
+            expected=", ".join(known_types),
+            fix=nearest_name(str(kind), known_types),
+        )
+    try:
+        config = msgspec.convert(policy, PolicyConfig, strict=True)
+    except msgspec.ValidationError as error:
+        raise CheckpointError(
+            "the policy's configuration is not valid", where=path, got=error, fix="correct this key"
+        ) from None
+    _check(config, path)
+    return config
+
+
+def _check(config: PolicyConfig, path: Path) -> None:
+    """Refuse what would compile to something else than the policy."""
+    positive = ("chunk_size", "n_action_steps", "num_steps", "max_state_dim", "max_action_dim")
+    for name in positive:
+        if getattr(config, name) < 1:
+            raise CheckpointError(
+                f"{name} must be at least 1", where=path, got=getattr(config, name), fix=f"correct {name}"
+            )
+    bounds = [
+        ("n_action_steps", config.n_action_steps, "chunk_size", config.chunk_size),
+        ("max_delay", config.max_delay, "chunk_size", config.chunk_size),
+        ("the state's width", config.state_dim, "max_state_dim", config.max_state_dim),
+        ("the actions' width", config.action_dim, "max_action_dim", config.max_action_dim),
+    ]
+    for name, value, limit_name, limit in bounds:
+        if value > limit:
+            raise CheckpointError(
+                f"{name} is larger than {limit_name}", where=path, expected=f"<= {limit}", got=value
+            )
+    cameras = config.cameras()
+    if not cameras or len(set(cameras.values())) != 1:
+        raise CheckpointError(
+            "the cameras do not share one picture size" if cameras else "the configuration names no camera",
+            where=path,
+            got=cameras or list(config.input_features),
+            fix="set resize_imgs_with_padding" if cameras else "add a feature of type VISUAL",
+        )
+    if config.predict_response:
+        raise UsageError(
+            "this policy predicts a text response before it acts, which otau does not compile",
+            where=f"{path}: predict_response",
+            expected="false",
+            got="true",
+            fix="set predict_response to false if the response is not needed to act",
+        )
+    if config.advantage != "ignore":
+        raise UsageError(
+            "this policy reads an advantage label in its prompt, which otau does not compile",
+            where=f"{path}: advantage",
+            expected="ignore",
+            got=config.advantage,
+        )

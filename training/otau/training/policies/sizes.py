@@ -1,0 +1,175 @@
+"""The sizes of a policy, read off its weights.
+
+OpenTau hard-codes the sizes of PaliGemma 3B and does not store them. Widths and depths follow from the
+shapes of the weights; the number of heads does not, and comes from `model_dims.json` beside the weights, or
+is that of the full-size model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+from otau.runtime.errors import CheckpointError, nearest_name
+
+from otau.training.policies.config import PolicyConfig
+from otau.training.policies.gemma import GemmaDims
+from otau.training.policies.keys import EMBED_TOKENS, EXPERT, LM_HEAD, VLM
+from otau.training.policies.vision import VisionDims
+
+__all__ = ["DIMS_FILE", "FULL_HEADS", "HeadDims", "PolicyDims", "infer_dims", "read_head_dims"]
+
+DIMS_FILE = "model_dims.json"
+
+
+class HeadDims(msgspec.Struct, frozen=True, kw_only=True):
+    """What the shapes of the weights don't tell; defaults are the full-size model's."""
+
+    heads: int = 8
+    kv_heads: int = 1
+    head_dim: int = 256
+    vis_heads: int = 16
+    rope_theta: float = 10_000.0
+    rms_norm_eps: float = 1e-6
+    siglip_layer_norm_eps: float = 1e-6
+
+
+FULL_HEADS = HeadDims()
+
+
+@dataclass(frozen=True)
+class PolicyDims:
+    """Sizes of the three networks and of the token table."""
+
+    vision: VisionDims
+    vlm: GemmaDims
+    expert: GemmaDims
+    vocab: int
+
+
+def read_head_dims(folder: Path) -> HeadDims | None:
+    """`model_dims.json` of a checkpoint, or None where there is none.
+
+    Raises:
+        CheckpointError: The file is not valid.
+    """
+    path = folder / DIMS_FILE
+    if not path.is_file():
+        return None
+    try:
+        dims = msgspec.convert(json.loads(path.read_text(encoding="utf-8")), HeadDims)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError("the model's sizes are not valid", where=path, got=error) from None
+    counts = {
+        "heads": dims.heads,
+        "kv_heads": dims.kv_heads,
+        "head_dim": dims.head_dim,
+        "vis_heads": dims.vis_heads,
+    }
+    for name, value in counts.items():
+        if value < 1:
+            raise CheckpointError(f"{name} must be at least 1", where=path, got=value)
+    if dims.heads % dims.kv_heads or dims.head_dim % 2:
+        raise CheckpointError(
+            "the numbers of heads do not fit each other",
+            where=path,
+            expected="heads a multiple of kv_heads, head_dim even",
+            got=f"heads {dims.heads}, kv_heads {dims.kv_heads}, head_dim {dims.head_dim}",
+        )
+    return dims
+
+
+def infer_dims(
+    shapes: Mapping[str, tuple[int, ...]], config: PolicyConfig, heads: HeadDims | None, where: object
+) -> PolicyDims:
+    """Read the sizes off the weights.
+
+    Args:
+        shapes: Checkpoint key -> shape.
+        config: The policy's configuration.
+        heads: What the weights don't tell; None: the full-size model's.
+        where: The checkpoint, for messages.
+
+    Returns:
+        The sizes; whether every weight agrees with them is checked when the weights are loaded.
+
+    Raises:
+        CheckpointError: A weight that tells a size is missing, or the heads do not divide the widths.
+    """
+    vision_tower = f"{VLM}vision_tower.vision_model."
+    head_dims = heads or FULL_HEADS
+
+    def shape(key: str, rank: int) -> tuple[int, ...]:
+        if key not in shapes:
+            raise CheckpointError(
+                "the checkpoint lacks a weight that tells the model's size",
+                where=where,
+                expected=key,
+                got=f"{len(shapes)} other keys",
+                fix=nearest_name(key, shapes).split("? Valid")[0],
+            )
+        if len(shapes[key]) != rank:
+            raise CheckpointError(
+                "a weight has the wrong rank", where=f"{where}: {key}", expected=rank, got=shapes[key]
+            )
+        return shapes[key]
+
+    def depth(prefix: str) -> int:
+        numbers = [key.removeprefix(prefix).partition(".")[0] for key in shapes if key.startswith(prefix)]
+        return len({number for number in numbers if number.isdecimal()})
+
+    def gemma(prefix: str) -> GemmaDims:
+        mlp, hidden = shape(f"{prefix}layers.0.mlp.gate_proj.weight", 2)
+        queries = shape(f"{prefix}layers.0.self_attn.q_proj.weight", 2)[0]
+        if queries != head_dims.heads * head_dims.head_dim:
+            raise CheckpointError(
+                "the heads do not fit the width of the queries",
+                where=f"{where}: {prefix}layers.0.self_attn.q_proj.weight",
+                expected=f"{head_dims.heads} heads x {head_dims.head_dim} = {head_dims.heads * head_dims.head_dim} rows",
+                got=f"{queries} rows",
+                fix=f"state heads, kv_heads, head_dim and vis_heads in {DIMS_FILE} beside the weights",
+            )
+        return GemmaDims(
+            layers=depth(f"{prefix}layers."),
+            hidden=hidden,
+            mlp=mlp,
+            heads=head_dims.heads,
+            kv_heads=head_dims.kv_heads,
+            head_dim=head_dims.head_dim,
+            eps=head_dims.rms_norm_eps,
+            rope_theta=head_dims.rope_theta,
+        )
+
+    patch = shape(f"{vision_tower}embeddings.patch_embedding.weight", 4)
+    height, width = next(iter(config.cameras().values()))
+    vision = VisionDims(
+        layers=depth(f"{vision_tower}encoder.layers."),
+        hidden=patch[0],
+        mlp=shape(f"{vision_tower}encoder.layers.0.mlp.fc1.weight", 2)[0],
+        heads=head_dims.vis_heads,
+        height=height,
+        width=width,
+        patch=patch[2],
+        eps=head_dims.siglip_layer_norm_eps,
+    )
+    if vision.hidden % vision.heads:
+        raise CheckpointError(
+            "the vision heads do not divide the vision tower's width",
+            where=where,
+            expected=f"a multiple of {vision.heads}",
+            got=vision.hidden,
+            fix=f"state vis_heads in {DIMS_FILE} beside the weights",
+        )
+    vlm, expert = gemma(f"{VLM}language_model."), gemma(EXPERT)
+    if vlm.layers != expert.layers:
+        raise CheckpointError(
+            "the expert does not have as many layers as the VLM, whose cache it reads layer by layer",
+            where=where,
+            expected=f"{vlm.layers} layers",
+            got=f"{expert.layers} layers",
+        )
+    table = LM_HEAD if LM_HEAD in shapes else EMBED_TOKENS
+    return PolicyDims(vision=vision, vlm=vlm, expert=expert, vocab=shape(table, 2)[0])
