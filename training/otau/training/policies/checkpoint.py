@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from otau.runtime.errors import CheckpointError, UsageError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from otau.runtime.errors import CheckpointError, UsageError
 from otau.training.policies.config import PolicyConfig, read_config
 from otau.training.policies.flow_policy import FlowPolicy
 from otau.training.policies.keys import EMBED_TOKENS, LM_HEAD, TRAINING_ONLY

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
+
 from otau.runtime.errors import CheckpointError, UsageError, nearest_name
 
 __all__ = ["CONFIG_FILES", "Feature", "NormMode", "PolicyConfig", "read_config"]

@@ -1,4 +1,4 @@
-"""pi0.5: flow time through the expert's adaptive norms, real-time chunking, the state in the prompt or prefix.
+"""pi0.5: flow time through the expert's adaptive norms, real-time chunking, state in the prompt or prefix.
 
 Source: pi0.5 (arXiv 2504.16054), trained real-time chunking (arXiv 2512.05964); shapes and keys as OpenTau
 stores them.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

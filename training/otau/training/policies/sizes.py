@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-from otau.runtime.errors import CheckpointError, nearest_name
 
+from otau.runtime.errors import CheckpointError, nearest_name
 from otau.training.policies.config import PolicyConfig
 from otau.training.policies.gemma import GemmaDims
 from otau.training.policies.keys import EMBED_TOKENS, EXPERT, LM_HEAD, VLM
@@ -124,11 +124,12 @@ def infer_dims(
     def gemma(prefix: str) -> GemmaDims:
         mlp, hidden = shape(f"{prefix}layers.0.mlp.gate_proj.weight", 2)
         queries = shape(f"{prefix}layers.0.self_attn.q_proj.weight", 2)[0]
-        if queries != head_dims.heads * head_dims.head_dim:
+        rows = head_dims.heads * head_dims.head_dim
+        if queries != rows:
             raise CheckpointError(
                 "the heads do not fit the width of the queries",
                 where=f"{where}: {prefix}layers.0.self_attn.q_proj.weight",
-                expected=f"{head_dims.heads} heads x {head_dims.head_dim} = {head_dims.heads * head_dims.head_dim} rows",
+                expected=f"{head_dims.heads} heads x {head_dims.head_dim} = {rows} rows",
                 got=f"{queries} rows",
                 fix=f"state heads, kv_heads, head_dim and vis_heads in {DIMS_FILE} beside the weights",
             )
