@@ -35,7 +35,7 @@ class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """Base of the manifest's records: immutable, and strict about unknown keys."""
 
 
-class CameraSpec(_Record):
+class CameraSpec(_Record, frozen=True):
     """One camera, in the order in which the prefix takes them."""
 
     name: str
@@ -45,7 +45,7 @@ class CameraSpec(_Record):
     """Width [px]."""
 
 
-class VectorSpec(_Record):
+class VectorSpec(_Record, frozen=True):
     """The state or the action vector."""
 
     dim: int
@@ -58,7 +58,7 @@ class VectorSpec(_Record):
     """One unit a true dimension, empty where the checkpoint does not say."""
 
 
-class NormSpec(_Record):
+class NormSpec(_Record, frozen=True):
     """How state and actions are normalised; the numbers are in `stats.safetensors`."""
 
     state: NormMode
@@ -72,7 +72,7 @@ class NormSpec(_Record):
     """Precision in which the state of the prompt is normalised (training reads it in bfloat16)."""
 
 
-class PromptSpec(_Record):
+class PromptSpec(_Record, frozen=True):
     """How task and state become the prompt."""
 
     template: str
@@ -87,7 +87,7 @@ class PromptSpec(_Record):
     """File of the tokenizer in the bundle; None: the bundle takes token ids."""
 
 
-class FlowSpec(_Record):
+class FlowSpec(_Record, frozen=True):
     """The denoising schedule and the action chunk."""
 
     num_steps: int
@@ -102,7 +102,7 @@ class FlowSpec(_Record):
     """Whether the decoder takes `action_prefix` and `delay`."""
 
 
-class TensorSpec(_Record):
+class TensorSpec(_Record, frozen=True):
     """One input or output of a graph."""
 
     name: str
@@ -111,7 +111,7 @@ class TensorSpec(_Record):
     """A string names a dynamic dimension."""
 
 
-class GraphSpec(_Record):
+class GraphSpec(_Record, frozen=True):
     """One ONNX graph of the bundle."""
 
     file: str
@@ -121,7 +121,7 @@ class GraphSpec(_Record):
     parameters: int
 
 
-class GateResult(_Record):
+class GateResult(_Record, frozen=True):
     """What a gate measured when the bundle was compiled."""
 
     name: str
@@ -133,14 +133,14 @@ class GateResult(_Record):
     """Whether the same gate failed on a deliberately damaged weight, as it must."""
 
 
-class FileSpec(_Record):
+class FileSpec(_Record, frozen=True):
     """Size and hash of one file of the bundle."""
 
     bytes: int
     sha256: str
 
 
-class Manifest(_Record):
+class Manifest(_Record, frozen=True):
     """`manifest.json` of a bundle."""
 
     schema: int

@@ -1,0 +1,421 @@
+"""Bundles: a directory that is verified whenever it is opened and written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+
+from otau.runtime.errors import BundleError, MismatchError, UsageError, nearest_name
+from otau.runtime.manifest import (
+    MANIFEST_NAME,
+    MAX_MANIFEST_BYTES,
+    STATS_NAME,
+    decode_manifest,
+    encode_manifest,
+    manifest_fingerprint,
+)
+from otau.runtime.spec import FileSpec, Manifest, VectorSpec
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+__all__ = ["Bundle", "BundleWriter"]
+
+_CHECKPOINT_FILES = ("train_config.json", "config.json", "hf_config.json", "model.safetensors", "latest")
+_HASH_CHUNK = 4 * 1024 * 1024
+
+
+class Bundle:
+    """An opened bundle, every file of which has been verified.
+
+    Files in the directory that the manifest does not list are never opened.
+
+    Attributes:
+        path: The bundle's directory.
+        manifest: What is in the bundle.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        """Use `Bundle.open`, which verifies."""
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Bundle:
+        """Reads the manifest and verifies the size and the SHA-256 of every file that it lists.
+
+        Raises:
+            UsageError: `path` is no bundle.
+            MismatchError: The manifest's schema version is not this otau's.
+            BundleError: The manifest or a listed file was changed, is missing, or lies outside.
+        """
+        root = Path(path)
+        if not (root / MANIFEST_NAME).is_file():
+            raise _not_a_bundle(root)
+        where = root / MANIFEST_NAME
+        manifest = decode_manifest(_read_manifest(root), where)
+        for name, spec in manifest.files.items():
+            _verify(root, name, spec)
+        return cls(root, manifest)
+
+    def file(self, name: str) -> Path:
+        """The path of a file that the manifest lists.
+
+        Raises:
+            UsageError: The manifest does not list it.
+        """
+        if name not in self.manifest.files:
+            raise UsageError(
+                "the bundle has no such file",
+                where=self.path,
+                got=name,
+                fix=nearest_name(name, self.manifest.files),
+            )
+        return _inside(self.path, name)
+
+    def graph(self, name: str) -> Path:
+        """The path of the ONNX model of `prefix`, `ingest` or `decoder`."""
+        return self.file(self.manifest.graphs[name].file)
+
+    def stats(self) -> dict[str, dict[str, np.ndarray]]:
+        """The normalisation statistics, `stats()["state"]["mean"]` and so on.
+
+        Returns:
+            For `state` and `action`, the statistics by name, each (heads, width) float32.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        where = self.file(STATS_NAME)
+        try:
+            tensors = load_file(where)
+        except (SafetensorError, OSError) as error:
+            raise BundleError(
+                "the normalisation statistics cannot be read", where=where, got=error
+            ) from error
+        grouped: dict[str, dict[str, np.ndarray]] = {"state": {}, "action": {}}
+        for key, value in tensors.items():
+            vector, _, name = key.partition(".")
+            if vector not in grouped:
+                raise BundleError(
+                    "the statistics have an unknown key",
+                    where=where,
+                    got=key,
+                    fix="compile the checkpoint again",
+                )
+            grouped[vector][name] = value
+        return grouped
+
+    def tokenizer(self) -> Tokenizer | None:
+        """The bundle's tokenizer; None where the bundle takes token ids."""
+        name = self.manifest.prompt.tokenizer
+        if name is None:
+            return None
+        from tokenizers import Tokenizer
+
+        where = self.file(name)
+        try:
+            return Tokenizer.from_file(str(where))
+        except Exception as error:  # tokenizers raises plain Exception
+            raise BundleError("the tokenizer cannot be read", where=where, got=error) from error
+
+    def require(
+        self,
+        *,
+        policy: str | None = None,
+        cameras: Sequence[str] | None = None,
+        state_names: Sequence[str] | None = None,
+        action_names: Sequence[str] | None = None,
+    ) -> None:
+        """Refuses a bundle that does not fit what will use it.
+
+        Camera names must be the same set; their order is the bundle's business. State and action
+        names must be the same sequence. Where the checkpoint does not tell the names, the manifest
+        has generic ones (`state[0]`, `action[0]`, ...): those are compared by their number only.
+
+        Args:
+            policy: The policy type, for example "pi05".
+            cameras: Names of the cameras that the robot delivers.
+            state_names: Names of the state's dimensions as the robot has them.
+            action_names: Names of the action's dimensions as the robot has them.
+
+        Raises:
+            MismatchError: Names what the bundle has, what was given, and the nearest name.
+        """
+        manifest = self.manifest
+        if policy is not None and policy != manifest.policy:
+            raise self._mismatch("policy type", [manifest.policy], [policy])
+        names = [camera.name for camera in manifest.cameras]
+        if cameras is not None and sorted(cameras) != sorted(names):
+            raise self._mismatch("cameras", names, cameras)
+        if state_names is not None:
+            self._require_names("state", manifest.state, state_names)
+        if action_names is not None:
+            self._require_names("action", manifest.action, action_names)
+
+    def _require_names(self, kind: str, vector: VectorSpec, given: Sequence[str]) -> None:
+        generic = vector.names == tuple(f"{kind}[{index}]" for index in range(vector.dim))
+        if len(given) != vector.dim or not (generic or tuple(given) == vector.names):
+            raise self._mismatch(f"{kind} names", vector.names, given)
+
+    def _mismatch(self, what: str, expected: Sequence[str], got: Sequence[str]) -> MismatchError:
+        strangers = [name for name in got if name not in expected]
+        return MismatchError(
+            f"the bundle's {what} are not those of the robot or call",
+            where=self.path,
+            expected=f"{len(expected)}: {', '.join(expected)}",
+            got=f"{len(got)}: {', '.join(got)}",
+            fix=nearest_name(strangers[0], expected) if strangers else "give the names in the bundle's order",
+        )
+
+
+class BundleWriter:
+    """Writes a bundle whole or not at all.
+
+    Entering makes a temporary directory `path` beside the destination (same file system, name
+    starting with a dot); the caller fills it, then calls `seal`, which hashes every file in it, writes
+    `manifest.json` and flushes everything to disk. Leaving the block then renames the directory to the
+    destination; a bundle that was there before is first renamed aside, put back should that rename
+    fail, and deleted only afterwards. Leaving by an exception, or without `seal`, deletes the
+    temporary directory and leaves the destination as it was.
+
+    Example:
+        with BundleWriter(out) as writer:
+            (writer.path / "prefix.onnx").write_bytes(model)
+            manifest = writer.seal(manifest)
+    """
+
+    def __init__(self, destination: str | os.PathLike[str]) -> None:
+        """Nothing is written before the block is entered.
+
+        Raises:
+            UsageError: The destination exists and is neither a bundle nor an empty directory, or its
+                parent is not a directory that can be made.
+        """
+        self.destination = Path(os.path.abspath(destination))
+        self._path: Path | None = None
+        self._sealed = False
+        self._check_destination()
+
+    @property
+    def path(self) -> Path:
+        """The temporary directory to write the bundle's files in."""
+        if self._path is None:
+            raise RuntimeError("a BundleWriter is used in a with block")
+        return self._path
+
+    def __enter__(self) -> BundleWriter:
+        """Makes the temporary directory."""
+        parent = self.destination.parent
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            self._path = Path(tempfile.mkdtemp(prefix=f".{self.destination.name}.", dir=parent))
+            # mkdtemp makes it private; a bundle is as readable as any directory made here.
+            umask = os.umask(0)
+            os.umask(umask)
+            self._path.chmod(0o777 & ~umask)
+        except OSError as error:
+            raise UsageError(
+                "the bundle cannot be written there",
+                where=self.destination,
+                got=error,
+                fix="choose a directory that you may write to",
+            ) from error
+        return self
+
+    def seal(self, manifest: Manifest) -> Manifest:
+        """Lists and hashes every file written so far, and writes the manifest.
+
+        Args:
+            manifest: Complete but for `files` and `fingerprint`, which are replaced.
+
+        Returns:
+            The manifest as written.
+        """
+        files = {}
+        for file in sorted(self.path.rglob("*")):
+            if file.is_file() and file != self.path / MANIFEST_NAME:
+                name = file.relative_to(self.path).as_posix()
+                files[name] = FileSpec(bytes=file.stat().st_size, sha256=_sha256(file))
+                _flush(file)
+        manifest = msgspec.structs.replace(manifest, files=files, fingerprint="")
+        manifest = msgspec.structs.replace(manifest, fingerprint=manifest_fingerprint(manifest))
+        where = self.path / MANIFEST_NAME
+        data = encode_manifest(manifest)
+        decode_manifest(data, where)
+        where.write_bytes(data)
+        _flush(where)
+        _flush(self.path)
+        self._sealed = True
+        return manifest
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Puts the sealed bundle in its place, or removes what was written."""
+        try:
+            if error is None:
+                if not self._sealed:
+                    raise RuntimeError("a BundleWriter's block must call seal()")
+                self._move_into_place()
+        finally:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def _move_into_place(self) -> None:
+        self._check_destination()
+        if not self.destination.exists():
+            self.path.rename(self.destination)
+        else:
+            aside = self.path.with_name(self.path.name + ".old")
+            self.destination.rename(aside)
+            try:
+                self.path.rename(self.destination)
+            except BaseException:
+                aside.rename(self.destination)
+                raise
+            shutil.rmtree(aside)
+        _flush(self.destination.parent)
+
+    def _check_destination(self) -> None:
+        """Only a bundle or an empty directory may be replaced."""
+        out = self.destination
+        if not out.exists() and not out.is_symlink():
+            return
+        if (
+            out.is_dir()
+            and not out.is_symlink()
+            and ((out / MANIFEST_NAME).is_file() or not any(out.iterdir()))
+        ):
+            return
+        raise UsageError(
+            "the destination exists and is not a bundle",
+            where=out,
+            expected="a new path, an empty directory, or a bundle to replace",
+            fix="choose another path, or remove it yourself",
+        )
+
+
+def _not_a_bundle(root: Path) -> UsageError:
+    """Why `root` is not a bundle, and what to do."""
+    if not root.exists():
+        return UsageError("there is no such bundle", where=root, fix="check the path")
+    if root.is_dir() and any((root / name).exists() for name in _CHECKPOINT_FILES):
+        return UsageError(
+            "this is a checkpoint, not a bundle",
+            where=root,
+            fix=f"compile it first: otau compile {root} --target cpu -o BUNDLE",
+        )
+    return UsageError(
+        "this is not a bundle",
+        where=root,
+        expected=f"a directory with a {MANIFEST_NAME}",
+        fix="make one with: otau compile CHECKPOINT --target cpu -o BUNDLE",
+    )
+
+
+def _read_manifest(root: Path) -> bytes:
+    """The manifest's bytes, never more than the bound."""
+    where = _inside(root, MANIFEST_NAME)
+    try:
+        with where.open("rb") as file:
+            data = file.read(MAX_MANIFEST_BYTES + 1)
+    except OSError as error:
+        raise BundleError("the bundle's manifest cannot be read", where=where, got=error) from error
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise BundleError(
+            "the bundle's manifest is too large",
+            where=where,
+            expected=f"at most {MAX_MANIFEST_BYTES} bytes",
+            got=f"{where.stat().st_size} bytes",
+        )
+    return data
+
+
+def _inside(root: Path, name: str) -> Path:
+    """The path of a listed file, refused where it is not a plain file inside the bundle.
+
+    Symbolic links are followed first: one that stays inside is fine, one that leaves is not.
+    """
+    pure = PurePosixPath(name)
+    plain = name.isprintable() and "\\" not in name and str(pure) == name
+    if not plain or pure.is_absolute() or ".." in pure.parts or not pure.parts:
+        raise BundleError(
+            "the bundle lists a path that is not a plain relative one",
+            where=root,
+            got=repr(name),
+            fix="do not use this bundle; compile the checkpoint again",
+        )
+    path = root / name
+    try:
+        real = path.resolve(strict=True)
+        regular = real.is_file()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise BundleError(
+            "a file of the bundle is missing",
+            where=path,
+            got=error,
+            fix="copy the bundle again, or compile the checkpoint again",
+        ) from error
+    if not real.is_relative_to(root.resolve()):
+        raise BundleError(
+            "a file of the bundle lies outside of it",
+            where=path,
+            got=real,
+            fix="replace symbolic links by the files: cp -rL BUNDLE COPY",
+        )
+    if not regular:
+        raise BundleError("an entry of the bundle is not a file", where=path, expected="a regular file")
+    return path
+
+
+def _verify(root: Path, name: str, spec: FileSpec) -> None:
+    """Refuses a file whose size or hash is not the manifest's; reads no more than the listed size."""
+    path = _inside(root, name)
+    fix = "copy the bundle again, or compile the checkpoint again"
+    try:
+        size = path.stat().st_size
+        digest = _sha256(path) if size == spec.bytes else ""
+    except OSError as error:
+        raise BundleError("a file of the bundle cannot be read", where=path, got=error, fix=fix) from error
+    if size != spec.bytes:
+        raise BundleError(
+            "a file of the bundle has another size than when it was written",
+            where=path,
+            expected=f"{spec.bytes} bytes",
+            got=f"{size} bytes",
+            fix=fix,
+        )
+    if digest != spec.sha256:
+        raise BundleError(
+            "a file of the bundle was changed after it was written",
+            where=path,
+            expected=f"SHA-256 {spec.sha256[:80]}",
+            got=f"SHA-256 {digest}",
+            fix=fix,
+        )
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_HASH_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Forces a file or a directory's entries to disk, so that a power cut leaves no half bundle."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,179 @@
+"""Reading and writing `manifest.json`: one canonical encoding, decoded strictly.
+
+The encoding is JSON with the records' own field order, mappings sorted by key, an indent of two and a
+newline at the end. The file must hold exactly those bytes, so every changed byte is noticed; the
+fingerprint is the SHA-256 of the same encoding with an empty fingerprint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Any, get_args, get_type_hints
+
+import msgspec
+
+from otau.runtime.errors import BundleError, MismatchError, nearest_name
+from otau.runtime.spec import SCHEMA_VERSION, Manifest
+
+__all__ = [
+    "GRAPHS",
+    "MANIFEST_NAME",
+    "MAX_MANIFEST_BYTES",
+    "STATS_NAME",
+    "decode_manifest",
+    "encode_manifest",
+    "manifest_fingerprint",
+]
+
+MANIFEST_NAME = "manifest.json"
+STATS_NAME = "stats.safetensors"
+GRAPHS = ("prefix", "ingest", "decoder")
+"""The graphs that every bundle has."""
+MAX_MANIFEST_BYTES = 4 * 1024 * 1024
+"""Largest manifest that is read: a hundred times what a bundle of today needs."""
+
+
+class _SchemaProbe(msgspec.Struct):
+    """The one key that must be read before the layout of the others is known."""
+
+    schema: int
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The canonical bytes of a manifest.
+
+    Raises:
+        BundleError: The manifest cannot be read back, for example because a number is NaN.
+    """
+    data = msgspec.json.format(msgspec.json.encode(manifest, order="deterministic"), indent=2) + b"\n"
+    try:
+        same = msgspec.json.decode(data, type=Manifest) == manifest
+    except msgspec.DecodeError as error:
+        raise BundleError("the manifest does not survive being written", got=error) from error
+    if not same:
+        raise BundleError("the manifest does not survive being written", fix="give finite numbers only")
+    return data
+
+
+def manifest_fingerprint(manifest: Manifest) -> str:
+    """The bundle's identity: SHA-256 of the canonical encoding with an empty fingerprint, in hex."""
+    blank = msgspec.structs.replace(manifest, fingerprint="")
+    return hashlib.sha256(encode_manifest(blank)).hexdigest()
+
+
+def decode_manifest(data: bytes, where: object) -> Manifest:
+    """Decodes a manifest and refuses anything but the canonical bytes of a sound one.
+
+    Args:
+        data: What `manifest.json` holds.
+        where: Named in errors, usually the file's path.
+
+    Raises:
+        MismatchError: The manifest has another schema version.
+        BundleError: Not JSON, an unknown or missing key, a value of the wrong kind, values that
+            contradict each other, or bytes that are not the ones its fingerprint was made of.
+    """
+    try:
+        schema = msgspec.json.decode(data, type=_SchemaProbe).schema
+        if schema != SCHEMA_VERSION:
+            raise MismatchError(
+                "the bundle's manifest has a schema version that this otau does not read",
+                where=where,
+                expected=f"schema {SCHEMA_VERSION}",
+                got=f"schema {schema}",
+                fix="compile the checkpoint again with this otau, or install the otau that wrote the bundle",
+            )
+        manifest = msgspec.json.decode(data, type=Manifest)
+    # ValueError: invalid UTF-8. RecursionError: nesting deeper than the interpreter's stack.
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise BundleError(
+            "the bundle's manifest cannot be read", where=where, got=error, fix=_unknown_key_hint(str(error))
+        ) from error
+    _check_consistent(manifest, where)
+    if encode_manifest(manifest) != data or manifest_fingerprint(manifest) != manifest.fingerprint:
+        raise BundleError(
+            "the bundle's manifest was changed after it was written",
+            where=where,
+            expected=f"fingerprint {manifest.fingerprint[:80]}",
+            got=f"fingerprint {manifest_fingerprint(manifest)}",
+            fix="compile the checkpoint again, or copy the bundle again from where it came",
+        )
+    return manifest
+
+
+def _unknown_key_hint(message: str) -> str:
+    """The fix for a message of msgspec's: the nearest valid key where a key was unknown."""
+    found = re.search(r"unknown field `([^`]*)`(?: - at `\$([^`]*)`)?", message)
+    if found is None:
+        return "compile the checkpoint again, or copy the bundle again from where it came"
+    kind: Any = Manifest
+    for step in re.findall(r"\.(\w+)|\[", found.group(2) or ""):
+        # A name steps into a field; a bracket into the values of a mapping or tuple.
+        kind = get_type_hints(kind)[step] if step else _element_type(kind)
+    return nearest_name(found.group(1), [field.name for field in msgspec.structs.fields(kind)])
+
+
+def _element_type(kind: Any) -> Any:
+    """The record inside `dict[str, Record]` or `tuple[Record, ...]`."""
+    return next(arg for arg in get_args(kind) if isinstance(arg, type) and issubclass(arg, msgspec.Struct))
+
+
+def _check_consistent(manifest: Manifest, where: object) -> None:
+    """Refuses values that contradict each other, before anything is computed from them."""
+    for problem in _contradictions(manifest):
+        raise BundleError(
+            f"the bundle's manifest contradicts itself: {problem}",
+            where=where,
+            fix="compile the checkpoint again",
+        )
+
+
+def _contradictions(manifest: Manifest) -> list[str]:
+    """Every contradiction, in words."""
+    found = []
+    flow = manifest.flow
+    sizes = {
+        "flow.num_steps": flow.num_steps,
+        "flow.chunk": flow.chunk,
+        "flow.n_action_steps": flow.n_action_steps,
+        "prompt.max_length": manifest.prompt.max_length,
+        "kv_layers": manifest.kv_layers,
+        "kv_heads": manifest.kv_heads,
+        "head_dim": manifest.head_dim,
+        "image_tokens": manifest.image_tokens,
+        "the number of cameras": len(manifest.cameras),
+        "the number of norm.heads": len(manifest.norm.heads),
+    }
+    for camera in manifest.cameras:
+        sizes[f"the height of camera {camera.name!r}"] = camera.height
+        sizes[f"the width of camera {camera.name!r}"] = camera.width
+    found += [f"{name} is {size}" for name, size in sizes.items() if size < 1]
+    if flow.n_action_steps > flow.chunk:
+        found.append(f"flow.n_action_steps {flow.n_action_steps} > flow.chunk {flow.chunk}")
+    if not 0 <= flow.max_delay <= flow.chunk:
+        found.append(f"flow.max_delay {flow.max_delay} is not within 0..{flow.chunk}")
+    if manifest.empty_cameras < 0:
+        found.append(f"empty_cameras is {manifest.empty_cameras}")
+    if len({camera.name for camera in manifest.cameras}) != len(manifest.cameras):
+        found.append("two cameras have the same name")
+    if len({(camera.height, camera.width) for camera in manifest.cameras}) > 1:
+        found.append("the cameras have several sizes, but the prefix takes one tensor of images")
+    for kind, vector in (("state", manifest.state), ("action", manifest.action)):
+        if not 1 <= vector.dim <= vector.max_dim:
+            found.append(f"{kind}.dim {vector.dim} is not within 1..{vector.max_dim}")
+        if len(vector.names) != vector.dim or len(vector.units) != vector.dim:
+            found.append(f"{kind} has {vector.dim} dimensions, but another number of names or units")
+    for action, state in manifest.delta_actions.items():
+        if not (re.fullmatch(r"\d{1,9}", action) and int(action) < manifest.action.dim):
+            found.append(f"delta_actions has action {action!r} of {manifest.action.dim}")
+        if not 0 <= state < manifest.state.dim:
+            found.append(f"delta_actions has state {state} of {manifest.state.dim}")
+    if set(manifest.graphs) != set(GRAPHS):
+        found.append(f"graphs are {sorted(manifest.graphs)}, expected {sorted(GRAPHS)}")
+    named = [STATS_NAME, *(graph.file for graph in manifest.graphs.values())]
+    named += [manifest.prompt.tokenizer] if manifest.prompt.tokenizer is not None else []
+    found += [f"{name!r} is not among its files" for name in named if name not in manifest.files]
+    if MANIFEST_NAME in manifest.files:
+        found.append(f"{MANIFEST_NAME} is among its own files")
+    return found

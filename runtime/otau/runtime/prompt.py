@@ -1,0 +1,112 @@
+"""The prompt: task and binned state as text, then as token ids."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from otau.runtime.errors import UsageError
+from otau.runtime.spec import PromptSpec
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+__all__ = ["PromptEncoder", "fill_template", "state_bins", "state_text"]
+
+_log = logging.getLogger(__name__)
+
+_BINS = 256
+
+
+def state_bins(normalised: np.ndarray) -> np.ndarray:
+    """The bin of each dimension of a normalised state: 256 equal bins over [-1, 1].
+
+    Args:
+        normalised: (..., n) float32; infinities and values out of range go to the outer bins.
+
+    Returns:
+        (..., n) int64 in 0..255.
+
+    Raises:
+        UsageError: A value is NaN.
+    """
+    values = np.asarray(normalised, np.float32)
+    if np.isnan(values).any():
+        raise UsageError("the normalised state has NaN", got=values.tolist())
+    clamped = np.clip(values, np.float32(-1), np.float32(1))
+    bins: np.ndarray = np.trunc((clamped + np.float32(1)) * np.float32(_BINS // 2)).astype(np.int64)
+    bins[bins == _BINS] = _BINS - 1  # the upper edge itself
+    return bins
+
+
+def state_text(bins: np.ndarray) -> str:
+    """The bins of one state (n,) as the prompt has them: joined by one space."""
+    return " ".join(str(value) for value in bins.tolist())
+
+
+def fill_template(template: str, task: str, state: str = "") -> str:
+    r"""The prompt's text.
+
+    Where the template has a newline right after `{task}`, a task that already ends in one gets no
+    second: training adds it only to tasks that have none.
+
+    Args:
+        template: With `{task}`, and `{state}` where the state is part of the text.
+        task: What the robot is to do; braces in it are plain text.
+        state: Text of the binned state.
+    """
+
+    def fill(match: re.Match[str]) -> str:
+        if match.group() == "{state}":
+            return state
+        newline = match.group().endswith("\n") and not task.endswith("\n")
+        return task + "\n" if newline else task
+
+    return re.sub(r"\{task\}\n?|\{state\}", fill, template)
+
+
+class PromptEncoder:
+    """Turns prompts into token ids and masks, with the bundle's tokenizer."""
+
+    def __init__(self, spec: PromptSpec, tokenizer: Tokenizer) -> None:
+        """Takes over the tokenizer: its own padding and truncation are replaced by the bundle's."""
+        self.spec = spec
+        self._tokenizer = tokenizer
+        padding = tokenizer.padding
+        pad = padding["pad_id"] if padding else tokenizer.token_to_id("<pad>")
+        self._pad = int(pad) if pad is not None else 0
+        tokenizer.no_padding()
+
+    def encode(self, tasks: Sequence[str], states: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids and masks of a batch of prompts, right-padded to `max_length`.
+
+        A prompt that is longer is cut, with a warning.
+
+        Args:
+            tasks: One task an element of the batch.
+            states: One text of the binned state each; unused where the template has no `{state}`.
+
+        Returns:
+            Ids (B, L) int64 and masks (B, L) bool, True for a real token.
+        """
+        length = self.spec.max_length
+        tokens = np.full((len(tasks), length), self._pad, np.int64)
+        masks = np.zeros((len(tasks), length), bool)
+        self._tokenizer.enable_truncation(length)
+        for row, (task, state) in enumerate(zip(tasks, states, strict=True)):
+            text = fill_template(self.spec.template, task, state)
+            encoding = self._tokenizer.encode(text, add_special_tokens=True)
+            if encoding.overflowing:
+                _log.warning("the prompt is longer than %d tokens and was cut: %r", length, text)
+            tokens[row, : len(encoding.ids)] = encoding.ids
+            masks[row, : len(encoding.ids)] = True
+        return tokens, masks
+
+    def ids(self, text: str) -> np.ndarray:
+        """Token ids (n,) int64 of a text inside the prefix, without special tokens."""
+        self._tokenizer.no_truncation()
+        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
