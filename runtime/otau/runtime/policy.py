@@ -166,10 +166,12 @@ class Policy:
         *,
         noise: np.ndarray | None = None,
         action_prefix: np.ndarray | None = None,
-        delay: int = 0,
+        delay: int | np.ndarray = 0,
         rng: np.random.Generator | None = None,
     ) -> ActionChunk:
         """The chunks of a batch; arguments as for `infer`, with a leading dimension B.
+
+        `delay` may be one for all, or (B,).
 
         Returns:
             Actions (B, T, a) and normalised (B, T, A).
@@ -230,34 +232,42 @@ class Policy:
             )
         return noise.astype(np.float32, copy=False)
 
-    def _frozen(self, cache: KVCache, action_prefix: np.ndarray | None, delay: int) -> dict[str, np.ndarray]:
+    def _frozen(
+        self, cache: KVCache, action_prefix: np.ndarray | None, delay: int | np.ndarray
+    ) -> dict[str, np.ndarray]:
         """The decoder's `action_prefix` and `delay`, where it takes them."""
-        flow = self.manifest.flow
+        flow, size = self.manifest.flow, len(cache.state)
+        delays = np.asarray(delay)
+        if delays.dtype.kind not in "iu" or delays.shape not in ((), (1,), (size,)):
+            raise UsageError(
+                "the delay is not a number of control ticks",
+                expected=f"an integer, or {size}",
+                got=f"{delays.dtype} {delays.shape}",
+            )
         if not flow.real_time_chunking:
-            if action_prefix is not None or delay:
+            if action_prefix is not None or delays.any():
                 raise UsageError(
                     "this policy does not take committed actions",
                     expected="no action_prefix and delay 0",
-                    got=f"delay {delay}",
+                    got=f"delay {delays.tolist()}",
                 )
             return {}
-        if not 0 <= delay <= flow.max_delay:
+        if delays.min() < 0 or delays.max() > flow.max_delay:
             raise UsageError(
                 "the policy was not trained with this delay",
                 expected=f"0..{flow.max_delay} control ticks",
-                got=delay,
+                got=delays.tolist(),
             )
-        size = len(cache.state)
         if action_prefix is None:
             action_prefix = np.zeros((size, 0, self.manifest.action.dim), np.float32)
         rows = self._actions.prefix(action_prefix, cache.state, cache.dataset_index)
-        if action_prefix.shape[1] < delay:
+        if action_prefix.shape[1] < delays.max():
             raise UsageError(
                 "the action prefix is shorter than the delay",
-                expected=f"at least {delay} actions",
+                expected=f"at least {delays.max()} actions",
                 got=action_prefix.shape[1],
             )
-        return {"action_prefix": rows, "delay": np.full(size, delay, np.int64)}
+        return {"action_prefix": rows, "delay": np.full(size, delays, np.int64)}
 
 
 def _check_graph(bundle: Bundle, name: str, engine: Engine) -> None:
