@@ -100,6 +100,11 @@ class FlowPolicy(nn.Module, ABC):
     def prompt_length(cls, config: PolicyConfig) -> int:
         """Tokens the prompt is padded to."""
 
+    @property
+    def state_in_prefix(self) -> bool:
+        """Whether the prefix carries the state as a token."""
+        return False
+
     @abstractmethod
     def time_condition(self, t: Tensor) -> list[Tensor]:
         """What the velocity field needs of flow time: the part that the compiler folds to constants.

@@ -38,8 +38,13 @@ class Pi05(FlowPolicy):
         width = dims.expert.hidden
         self.time_mlp_in = nn.Linear(width, width)
         self.time_mlp_out = nn.Linear(width, width)
-        if config.state_type == "continuous":
+        if self.state_in_prefix:
             self.state_proj = nn.Linear(config.max_state_dim, dims.vlm.hidden)
+
+    @property
+    def state_in_prefix(self) -> bool:
+        """Whether the prefix carries the state as a token."""
+        return self.config.state_type == "continuous"
 
     @classmethod
     def prompt_template(cls, config: PolicyConfig) -> str:

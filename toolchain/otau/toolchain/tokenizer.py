@@ -1,0 +1,59 @@
+"""Any tokenizer folder -> the `tokenizer.json` that the runtime reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from otau.runtime.errors import CheckpointError, UsageError
+
+__all__ = ["TOKENIZER_FILES", "has_tokenizer", "read_tokenizer"]
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+"""What a tokenizer folder holds: a `tokenizers` file, or Gemma's SentencePiece model."""
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def read_tokenizer(folder: Path, vocab: int) -> str:
+    """Read a tokenizer as the text of a `tokenizer.json`.
+
+    Args:
+        folder: Holds one of `TOKENIZER_FILES`.
+        vocab: Rows of the policy's token table.
+
+    Raises:
+        UsageError: The folder holds no tokenizer.
+        CheckpointError: The tokenizer cannot be read, or has more tokens than the policy.
+    """
+    from tokenizers import Tokenizer
+
+    path = next((folder / name for name in TOKENIZER_FILES if (folder / name).is_file()), None)
+    if path is None:
+        raise UsageError(
+            "this folder holds no tokenizer",
+            where=folder,
+            expected=" or ".join(TOKENIZER_FILES),
+            fix="give the folder of the PaliGemma tokenizer, or leave --tokenizer out to feed token ids",
+        )
+    try:
+        if path.suffix == ".json":
+            tokenizer = Tokenizer.from_file(str(path))
+        else:
+            from transformers import GemmaTokenizer
+
+            tokenizer = GemmaTokenizer.from_pretrained(str(folder)).backend_tokenizer
+    except Exception as error:  # both libraries raise plain Exceptions
+        raise CheckpointError("the tokenizer cannot be read", where=path, got=error) from None
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if largest >= vocab:
+        raise CheckpointError(
+            "the tokenizer has tokens that the policy does not know",
+            where=path,
+            expected=f"token ids below {vocab}",
+            got=f"token id {largest}",
+            fix="give the tokenizer that the policy was trained with",
+        )
+    return tokenizer.to_str()
