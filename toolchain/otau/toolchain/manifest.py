@@ -39,7 +39,7 @@ def ManifestFromCheckpoint(  # noqa: N802 (converters are named <Target>From<Sou
     graphs: Mapping[str, GraphSpec],
     gates: Sequence[GateResult],
 ) -> Manifest:
-    """Everything about a checkpoint that the runtime must know; files and fingerprint are left to the writer."""
+    """What the runtime must know of a checkpoint; files and fingerprint are left to the writer."""
     policy, config = checkpoint.policy, checkpoint.config
     state_in_prompt = "{state}" in policy.prompt_template(config)
     vlm = policy.dims.vlm

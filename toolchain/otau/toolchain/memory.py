@@ -10,7 +10,7 @@ __all__ = ["peak_rss_mb", "reset_peak_rss"]
 
 
 def reset_peak_rss() -> None:
-    """Forget the peak so far. Where the kernel does not allow it, the peak stays that of the whole process."""
+    """Forget the peak so far; where the kernel does not allow it, the whole process's peak stays."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 

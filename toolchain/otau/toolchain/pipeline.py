@@ -182,7 +182,9 @@ def engine(c: Compilation) -> None:
     """Open the target's engine on each graph, as the robot will."""
     kind = engine_class(c.target.engine)
     for name, spec in c.graphs.items():
-        c.engines[name] = c.resources.enter_context(kind.open(c.writer.path / spec.file, target=c.target.name))
+        c.engines[name] = c.resources.enter_context(
+            kind.open(c.writer.path / spec.file, target=c.target.name)
+        )
         given = {tensor.name for tensor in c.engines[name].inputs}
         if given != {tensor.name for tensor in spec.inputs}:
             raise EngineError("the engine does not take the graph's inputs", where=name, got=sorted(given))

@@ -30,7 +30,7 @@ A policy compiled by otau {manifest.versions["otau"]}. Run it with `otau infer` 
 - engine: {manifest.engine}, {manifest.precision}
 
 ## Gates
-Compiled against PyTorch, on inputs nothing was tuned on. The control is a weight scaled by 1.01, which must fail.
+Compiled against PyTorch, on inputs nothing was tuned on. The control, a weight scaled by 1.01, must fail.
 
 | gate | metric | value | limit | control failed |
 |---|---|---|---|---|

@@ -24,9 +24,7 @@ class Target:
 
 TARGETS = {
     target.name: target
-    for target in (
-        Target("cpu", "onnxruntime", ("fp32",), 20, "any x86-64 or arm64 CPU, with ONNX Runtime"),
-    )
+    for target in (Target("cpu", "onnxruntime", ("fp32",), 20, "any x86-64 or arm64 CPU, with ONNX Runtime"),)
 }
 """Targets by name."""
 

@@ -9,7 +9,7 @@ __all__ = ["THRESHOLDS", "Limits"]
 
 @dataclass(frozen=True)
 class Limits:
-    """Largest error that a precision may add, relative to the reference's scale (max |reference|, at least 1)."""
+    """Largest errors of a precision, relative to the reference's scale (max |reference|, at least 1)."""
 
     cache: float
     """On K and V of any layer."""

@@ -100,7 +100,10 @@ def gate_engines(
         for probe, cache in zip(probes, caches, strict=True)
     ]
     # On the policy's own cache, so that an error of the prefix cannot hide one of the decoder.
-    alone = [decode(probe, given.keys, given.values, given.mask) for probe, given in zip(probes, sound, strict=True)]
+    alone = [
+        decode(probe, given.keys, given.values, given.mask)
+        for probe, given in zip(probes, sound, strict=True)
+    ]
 
     def action_error(got: Sequence[np.ndarray]) -> Callable[[Sequence[Answer]], float]:
         return lambda answers: max(

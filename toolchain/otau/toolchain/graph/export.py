@@ -20,13 +20,21 @@ from otau.toolchain.graph.patches import applied
 from otau.toolchain.graph.programs import DenoiseStep, Ingest, Prefix
 from otau.training.policies import FlowPolicy
 
-__all__ = ["DecoderStepFromProgram", "IngestFromPolicy", "PrefixFromPolicy", "decoder_inputs", "prefix_inputs"]
+__all__ = [
+    "DecoderStepFromProgram",
+    "IngestFromPolicy",
+    "PrefixFromPolicy",
+    "decoder_inputs",
+    "prefix_inputs",
+]
 
 _BATCH, _CAMERAS, _TOKENS, _PREFIX = 2, 3, 7, 11
 """Sizes of the examples; none of them means anything."""
 
 
-def prefix_inputs(policy: FlowPolicy, batch: int, cameras: int, tokens: int, seed: int = 0) -> dict[str, Tensor]:
+def prefix_inputs(
+    policy: FlowPolicy, batch: int, cameras: int, tokens: int, seed: int = 0
+) -> dict[str, Tensor]:
     """Random inputs of the prefix graph by name, every camera and token valid."""
     dims, config = policy.dims, policy.config
     random = torch.Generator().manual_seed(seed)
@@ -45,7 +53,7 @@ def prefix_inputs(policy: FlowPolicy, batch: int, cameras: int, tokens: int, see
 
 
 def decoder_inputs(policy: FlowPolicy, batch: int, seed: int = 0) -> dict[str, Tensor]:
-    """Random inputs of the decoder graph by name, without the cache: noise and what the policy takes besides."""
+    """Random inputs of the decoder graph by name, all but the cache."""
     config = policy.config
     random = torch.Generator().manual_seed(seed)
     chunk = (batch, config.chunk_size, config.max_action_dim)
@@ -73,7 +81,10 @@ def PrefixFromPolicy(policy: FlowPolicy) -> ir.Model:  # noqa: N802 (converters 
     model = _export(Prefix(policy), inputs, {name: dynamic[name] for name in inputs})
     cache = ir.Shape([policy.dims.vlm.layers, "B", "P", policy.dims.vlm.kv_heads, policy.dims.vlm.head_dim])
     for output, name, shape in zip(
-        model.graph.outputs, ("keys", "values", "prefix_mask"), (cache, cache.copy(), ir.Shape(["B", "P"])), strict=True
+        model.graph.outputs,
+        ("keys", "values", "prefix_mask"),
+        (cache, cache.copy(), ir.Shape(["B", "P"])),
+        strict=True,
     ):
         output.name, output.shape = name, shape
     return model
@@ -117,7 +128,13 @@ def DecoderStepFromProgram(program: DenoiseStep) -> ir.Model:  # noqa: N802
 def _export(program: nn.Module, inputs: dict[str, Any], dynamic: dict[str, Any]) -> ir.Model:
     with applied(), _quiet(), torch.no_grad():
         exported = torch.onnx.export(
-            program.eval(), (), kwargs=inputs, dynamic_shapes=dynamic, dynamo=True, optimize=False, verbose=False
+            program.eval(),
+            (),
+            kwargs=inputs,
+            dynamic_shapes=dynamic,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
         )
     assert exported is not None
     return exported.model

@@ -14,8 +14,8 @@ __all__ = ["LoopDenoiseSteps"]
 class LoopDenoiseSteps(ir.passes.InPlacePass):
     """Repeat the graph `x, step -> x_next` for a number of steps, from input `noise` to output `actions`.
 
-    Nodes that depend on neither `x` nor `step` (the masks, the rotary angles, pi0's state token) stay outside of
-    the loop and run once.
+    Nodes that depend on neither `x` nor `step` (the masks, the rotary angles, pi0's state token) stay outside
+    of the loop and run once.
     """
 
     def __init__(self, num_steps: int) -> None:
@@ -67,7 +67,9 @@ class LoopDenoiseSteps(ir.passes.InPlacePass):
 
     def ensures(self, model: ir.Model) -> None:
         """One loop, fed by `noise`, and nothing that depends on it is outside."""
-        outside = [node for node in _dependents(model.graph, {model.graph.inputs[0]}) if node.op_type != "Loop"]
+        outside = [
+            node for node in _dependents(model.graph, {model.graph.inputs[0]}) if node.op_type != "Loop"
+        ]
         loops = [node for node in model.graph if node.op_type == "Loop"]
         if outside or len(loops) != 1:
             raise ir.passes.PostconditionError(f"{len(loops)} loops, {len(outside)} nodes behind them")

@@ -43,7 +43,9 @@ class FoldWeightTransposes(ir.passes.InPlacePass):
         """No transposed weight is left."""
         for node in model.graph:
             if node.op_type == "Transpose" and node.inputs[0].is_initializer():
-                raise ir.passes.PostconditionError(f"{node.name} still transposes the weight {node.inputs[0].name}")
+                raise ir.passes.PostconditionError(
+                    f"{node.name} still transposes the weight {node.inputs[0].name}"
+                )
 
 
 def _transposed(weight: ir.TensorProtocol, axes: tuple[int, ...]) -> ir.LazyTensor:
