@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import logging
 import random
 import sys
 import warnings
@@ -38,7 +39,7 @@ def import_robosuite() -> ModuleType:
     if not found.startswith("1.4."):
         raise MismatchError("this robosuite does not fit", expected="1.4.0", got=found, fix=_INSTALL)
     choose_renderer()
-    _preset_macros(package)
+    _quieten(package)
     with warnings.catch_warnings():
         # Its __init__ logs with the deprecated Logger.warn.
         warnings.filterwarnings("ignore", "The 'warn' method is deprecated", DeprecationWarning)
@@ -90,16 +91,17 @@ def seeded(seed: int | None) -> Iterator[None]:
         np.random.set_state(numpy_state)
 
 
-def _preset_macros(package: Path) -> None:
+def _quieten(package: Path) -> None:
     """Load robosuite's settings ahead of robosuite, and turn its log down to errors.
 
-    It has no other switch: while being imported it reads its settings, logs three warnings about an
-    optional file, and opens /tmp/robosuite.log, which fails where another user owns that file.
+    While being imported it logs three warnings about an optional file, and opens /tmp/robosuite.log,
+    which fails where another user owns that file. Its settings are read then, and only then.
     """
     name = "robosuite.macros"
     spec = importlib.util.spec_from_file_location(name, package / "macros.py")
     macros = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(macros)
-    macros.CONSOLE_LOGGING_LEVEL = "ERROR"
     macros.FILE_LOGGING_LEVEL = None
+    macros.CONSOLE_LOGGING_LEVEL = None
     sys.modules[name] = macros
+    logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
