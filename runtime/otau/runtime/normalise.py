@@ -13,11 +13,9 @@ from typing import Literal
 import numpy as np
 
 from otau.runtime.errors import BundleError, UsageError
+from otau.runtime.spec import NormMode
 
 __all__ = ["Normaliser", "round_to_bfloat16"]
-
-Mode = Literal["IDENTITY", "MEAN_STD", "MIN_MAX", "QUANTILE"]
-Dtype = Literal["float32", "bfloat16"]
 
 _STATISTICS = {"MEAN_STD": ("mean", "std"), "MIN_MAX": ("min", "max"), "QUANTILE": ("q01", "q99")}
 
@@ -40,12 +38,12 @@ class Normaliser:
 
     def __init__(
         self,
-        mode: Mode,
+        mode: NormMode,
         statistics: Mapping[str, np.ndarray],
         *,
         eps: float,
         centre_degenerate: bool,
-        dtype: Dtype = "float32",
+        dtype: Literal["float32", "bfloat16"] = "float32",
         name: str = "vector",
     ) -> None:
         """Prepares offset and scale of every head.
@@ -150,7 +148,7 @@ class Normaliser:
 
 
 def _checked_statistics(
-    mode: Mode, statistics: Mapping[str, np.ndarray], name: str
+    mode: NormMode, statistics: Mapping[str, np.ndarray], name: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """The two statistics of a mode, (heads, width) float32, finite."""
     keys = _STATISTICS[mode]

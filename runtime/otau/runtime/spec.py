@@ -18,8 +18,10 @@ __all__ = [
     "GateResult",
     "GraphSpec",
     "Manifest",
+    "NormMode",
     "NormSpec",
     "PromptSpec",
+    "StateRoute",
     "TensorSpec",
     "VectorSpec",
 ]

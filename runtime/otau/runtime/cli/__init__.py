@@ -56,15 +56,19 @@ def _application(name: str) -> typer.Typer:
     )
 
 
-def _root(
-    show_version: Annotated[
-        bool, typer.Option("--version", is_eager=True, help="Show the version and exit.")
-    ] = False,
-) -> None:
-    """Compiles vision-language-action policies into bundles and runs the bundles on robots."""
-    if show_version:
+def _show_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(f"otau {version('otau')}")
         raise typer.Exit
+
+
+def _root(
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    """Compile vision-language-action policies into bundles and run the bundles on robots."""
 
 
 def _guarded(entry: EntryPoint) -> Callable[..., Any]:

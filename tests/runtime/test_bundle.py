@@ -1,0 +1,189 @@
+"""Opening bundles: every damage is refused; and who may use them."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+
+import msgspec
+import pytest
+
+from otau.runtime import Bundle
+from otau.runtime.errors import BundleError, MismatchError, UsageError
+from otau.runtime.manifest import MAX_MANIFEST_BYTES, encode_manifest, manifest_fingerprint
+
+
+def reseal(bundle, **changes):
+    """Rewrites the manifest as someone who knows the format would, without looking at the files."""
+    manifest = Bundle.open(bundle).manifest
+    manifest = msgspec.structs.replace(manifest, **changes)
+    manifest = msgspec.structs.replace(manifest, fingerprint=manifest_fingerprint(manifest))
+    (bundle / "manifest.json").write_bytes(encode_manifest(manifest))
+
+
+def test_a_whole_bundle_opens(bundle):
+    opened = Bundle.open(bundle)
+    assert opened.manifest.policy == "pi05"
+    assert opened.graph("decoder") == bundle / "decoder.onnx"
+    assert opened.stats()["state"]["min"].shape == (2, 3)
+    assert opened.tokenizer().token_to_id("pick") == 5
+
+
+def test_every_file_is_verified_at_every_byte(bundle):
+    rng = random.Random(0)
+    for file in sorted(bundle.iterdir()):
+        original = file.read_bytes()
+        for position in {0, len(original) - 1, *(rng.randrange(len(original)) for _ in range(5))}:
+            damaged = bytearray(original)
+            damaged[position] ^= 1 << rng.randrange(8)
+            file.write_bytes(damaged)
+            with pytest.raises((BundleError, MismatchError)):
+                Bundle.open(bundle)
+        file.write_bytes(original)
+    Bundle.open(bundle)
+
+
+@pytest.mark.parametrize("change", [lambda raw: raw + b"\0", lambda raw: raw[:-1], lambda raw: b""])
+def test_another_size_is_refused(bundle, change):
+    file = bundle / "decoder.onnx"
+    file.write_bytes(change(file.read_bytes()))
+    with pytest.raises(BundleError, match="another size"):
+        Bundle.open(bundle)
+
+
+def test_a_missing_file_is_named(bundle):
+    names = [file.name for file in bundle.iterdir() if file.name != "manifest.json"]
+    for name in names:
+        (bundle / name).rename(bundle.parent / name)
+        with pytest.raises(BundleError, match=f"missing(.|\n)*{name}"):
+            Bundle.open(bundle)
+        (bundle.parent / name).rename(bundle / name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../outside",
+        "/etc/hostname",
+        "a/../../outside",
+        "a\\b",
+        "./README.md",
+        "",
+        "a//b",
+        "a\0b",
+        "a\nb",
+        ".",
+    ],
+)
+def test_a_path_that_is_not_plain_is_refused(bundle, name):
+    (bundle.parent / "outside").write_text("secret")
+    files = Bundle.open(bundle).manifest.files
+    reseal(bundle, files=files | {name: files["README.md"]})
+    with pytest.raises(BundleError, match="plain relative"):
+        Bundle.open(bundle)
+
+
+def test_a_link_that_leaves_the_bundle_is_refused(bundle):
+    (bundle / "README.md").rename(bundle.parent / "README.md")
+    (bundle / "README.md").symlink_to(bundle.parent / "README.md")
+    with pytest.raises(BundleError, match="outside"):
+        Bundle.open(bundle)
+
+
+def test_a_linked_directory_that_leaves_the_bundle_is_refused(bundle, tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far/file").write_bytes((bundle / "README.md").read_bytes())
+    (bundle / "near").symlink_to(tmp_path / "far")
+    files = Bundle.open(bundle).manifest.files
+    reseal(bundle, files=files | {"near/file": files["README.md"]})
+    with pytest.raises(BundleError, match="outside"):
+        Bundle.open(bundle)
+
+
+def test_a_link_inside_the_bundle_is_fine(bundle):
+    (bundle / "README.md").rename(bundle / "card")
+    (bundle / "README.md").symlink_to("card")
+    Bundle.open(bundle)
+
+
+def test_a_link_to_the_bundle_is_fine(bundle, tmp_path):
+    (tmp_path / "link").symlink_to(bundle)
+    Bundle.open(tmp_path / "link")
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_is_not_a_file_is_refused_without_being_read(bundle, make):
+    (bundle / "README.md").unlink()
+    make(bundle / "README.md")
+    with pytest.raises(BundleError, match="not a file"):
+        Bundle.open(bundle)
+
+
+def test_a_manifest_of_unbounded_size_is_refused(bundle):
+    with (bundle / "manifest.json").open("ab") as file:
+        file.truncate(MAX_MANIFEST_BYTES + 1)
+    with pytest.raises(BundleError, match="too large"):
+        Bundle.open(bundle)
+
+
+def test_an_unlisted_file_is_left_alone(bundle):
+    (bundle / "notes.txt").write_text("mine")
+    Bundle.open(bundle)
+
+
+def test_what_is_not_a_bundle_is_a_mistake_of_usage(tmp_path, bundle):
+    with pytest.raises(UsageError, match="no such bundle"):
+        Bundle.open(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="not a bundle"):
+        Bundle.open(bundle / "decoder.onnx")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="not a bundle"):
+        Bundle.open(tmp_path / "empty")
+
+
+def test_a_checkpoint_is_told_to_be_compiled(golden):
+    with pytest.raises(UsageError, match="otau compile"):
+        Bundle.open(golden / "pi0")
+
+
+def test_a_file_that_is_not_listed_is_not_handed_out(bundle):
+    with pytest.raises(UsageError, match="did you mean 'decoder.onnx'"):
+        Bundle.open(bundle).file("decoder.onx")
+
+
+def test_damaged_statistics_and_tokenizers_are_reported(make_bundle, tmp_path):
+    for name, use in (("stats.safetensors", Bundle.stats), ("tokenizer.json", Bundle.tokenizer)):
+        path = make_bundle(tmp_path / name)
+        opened = Bundle.open(path)
+        (path / name).write_bytes(b"garbage")
+        with pytest.raises(BundleError, match="cannot be read"):
+            use(opened)
+        shutil.rmtree(path)
+
+
+def test_a_fitting_robot_passes(bundle):
+    Bundle.open(bundle).require(
+        policy="pi05",
+        cameras=["wrist", "front"],
+        state_names=["x", "y", "z"],
+        action_names=["left", "right"],  # the manifest's are generic: only their number counts
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"policy": "pi0"}, "pi05"),
+        ({"cameras": ["front"]}, "front, wrist"),
+        ({"cameras": ["front", "wrst"]}, "did you mean 'wrist'"),
+        ({"cameras": ["front", "wrist", "rear"]}, "2: front, wrist"),
+        ({"state_names": ["x", "z", "y"]}, "x, y, z"),
+        ({"state_names": ["x", "y"]}, "x, y, z"),
+        ({"action_names": ["one"]}, "2: "),
+    ],
+)
+def test_a_robot_that_does_not_fit_is_refused(bundle, given, expected):
+    with pytest.raises(MismatchError, match=expected) as caught:
+        Bundle.open(bundle).require(**given)
+    assert caught.value.exit_code == 3

@@ -1,0 +1,240 @@
+"""The command `otau`, as real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+BIN = Path(sys.executable).parent
+
+
+def otau(*arguments, script="otau", **options):
+    return subprocess.run(
+        [BIN / script, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        **options,
+    )
+
+
+def refused(done, code, *words):
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    for word in words:
+        assert word in done.stderr, done.stderr
+
+
+@pytest.fixture
+def recording(tmp_path):
+    rng = np.random.default_rng(0)
+    path = tmp_path / "io.safetensors"
+    inputs = {
+        "inputs/image0": rng.random((2, 3, 8, 8), np.float32),
+        "inputs/image1": rng.random((2, 3, 9, 7), np.float32),
+        "inputs/state": rng.random((2, 3), np.float32),
+        "inputs/lang_tokens": np.ones((2, 6), np.int64),
+        "inputs/lang_masks": np.ones((2, 6), bool),
+        "inputs/noise": rng.standard_normal((2, 5, 4), np.float32),
+        "inputs/action_prefix": np.float32([[[1, 2]], [[3, 4]]]),
+        "inputs/delay": np.array([1]),
+        "inputs/dataset_index": np.array([0, 1]),
+        "inputs/num_steps": np.array([10]),
+        "outputs/actions": np.zeros((2, 5, 2), np.float32),
+    }
+    save_file(inputs, path)
+    return path
+
+
+def test_help_lists_every_verb_with_a_line():
+    done = otau("--help")
+    assert done.returncode == 0
+    for verb in ("compile", "doctor", "infer", "init", "inspect", "run"):
+        assert f"\n  {verb} " in done.stdout
+
+
+@pytest.mark.parametrize("verb", ["infer", "inspect", "doctor"])
+def test_the_help_of_a_verb_has_an_example_and_imports_nothing_heavy(verb, tmp_path):
+    # Packages of these names that cannot be imported stand for their absence.
+    for name in ("torch", "onnx", "transformers", "onnxruntime", "tokenizers", "safetensors", "mujoco"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('not here')")
+    done = otau(verb, "--help", env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    assert f"Example: otau {verb}" in done.stdout
+    assert "--json" in done.stdout
+
+
+def test_version():
+    assert otau("--version").stdout.startswith("otau 0.")
+
+
+def test_an_unknown_verb_offers_the_nearest():
+    refused(otau("infre"), 2, "did you mean 'infer'")
+
+
+def test_an_unknown_option_is_a_mistake_of_usage(bundle):
+    refused(otau("infer", bundle, "--dumy"), 2, "--dumy")
+
+
+def test_an_alias_is_the_verb_of_its_name(tmp_path, bundle):
+    script = tmp_path / "otau-inspect"
+    script.write_text(f"#!{sys.executable}\nfrom otau.runtime.cli import alias\nalias()\n")
+    script.chmod(0o755)
+    done = subprocess.run([script, bundle, "--json"], capture_output=True, text=True, timeout=120, check=True)
+    assert json.loads(done.stdout)["kind"] == "bundle"
+
+
+def test_infer_writes_what_the_golden_files_have(bundle, recording, tmp_path):
+    out = tmp_path / "out.safetensors"
+    done = otau("infer", bundle, "--inputs", recording, "--save", out, "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    tensors = load_file(out)
+    assert {name: value.shape for name, value in tensors.items()} == {
+        "actions": (2, 5, 2),
+        "actions_norm": (2, 5, 4),
+        "prefix_pad_masks": (2, 8),
+        **{f"{kind}_states_{layer}": (2, 8, 1, 4) for kind in ("key", "value") for layer in range(2)},
+    }
+    assert document["outputs"]["actions"] == {"shape": [2, 5, 2], "dtype": "float32"}
+    assert document["timings_ms"].keys() == {"prepare", "prefix", "ingest", "decode", "finish"}
+    # The frozen first action comes out as it was recorded.
+    np.testing.assert_allclose(tensors["actions"][:, 0], [[1, 2], [3, 4]], atol=1e-5)
+
+
+def test_infer_makes_up_the_same_observation_for_the_same_seed(bundle, tmp_path):
+    results = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        done = otau("infer", bundle, "--dummy", "--seed", seed, "--save", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        results.append(load_file(tmp_path / name)["actions"])
+    np.testing.assert_array_equal(results[0], results[1])
+    assert not np.array_equal(results[0], results[2])
+
+
+def test_infer_takes_a_prompt_in_place_of_the_files_ids(bundle, recording, tmp_path):
+    for name, options in (("ids", ()), ("text", ("--prompt", "pick up"))):
+        done = otau("infer", bundle, "--inputs", recording, "--save", tmp_path / name, *options)
+        assert done.returncode == 0, done.stderr
+    assert not np.array_equal(
+        load_file(tmp_path / "ids")["key_states_0"], load_file(tmp_path / "text")["key_states_0"]
+    )
+
+
+def test_infer_refuses_bad_inputs(bundle, recording, tmp_path):
+    out = tmp_path / "out.safetensors"
+    refused(otau("infer", bundle, "--save", out), 2, "--inputs", "--dummy")
+    refused(otau("infer", bundle, "--inputs", recording, "--dummy"), 2, "--dummy")
+    refused(otau("infer", bundle, "--inputs", tmp_path / "none", "--save", out), 2, "cannot be read")
+    refused(otau("infer", bundle, "--inputs", recording, "--save", recording), 2, "overwrite")
+    refused(otau("infer", bundle, "--inputs", recording, "--save", tmp_path / "no/out"), 2, "cannot be saved")
+    recording.write_bytes(recording.read_bytes()[:-10])
+    refused(otau("infer", bundle, "--inputs", recording, "--save", out), 2, "cannot be read")
+    assert not out.exists()
+
+
+def test_a_damaged_bundle_exits_by_the_class_of_its_error(bundle, tmp_path):
+    out = tmp_path / "out.safetensors"
+    file = bundle / "decoder.onnx"
+    damaged = bytearray(file.read_bytes())
+    damaged[50] ^= 1
+    file.write_bytes(damaged)
+    refused(otau("infer", bundle, "--dummy", "--save", out), 1, "decoder.onnx", "changed")
+    (bundle / "manifest.json").write_text('{"schema": 99}')
+    refused(otau("infer", bundle, "--dummy", "--save", out), 3, "schema 99", "schema 1")
+    refused(otau("infer", tmp_path / "nowhere", "--dummy"), 2, "no such bundle")
+    assert not out.exists()
+
+
+def test_ctrl_c_exits_as_the_shell_expects(bundle, tmp_path):
+    # A recording that never comes: a pipe that nobody writes to.
+    os.mkfifo(tmp_path / "pipe")
+    process = subprocess.Popen(
+        [BIN / "otau", "infer", bundle, "--inputs", tmp_path / "pipe"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    fd = None
+    deadline = time.monotonic() + 60
+    while fd is None and time.monotonic() < deadline:
+        try:  # opens only once the process has the other end open, that is, waits in the verb
+            fd = os.open(tmp_path / "pipe", os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:
+            time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    os.close(fd)
+    assert process.returncode == 130, err
+    assert err.strip() == "interrupted"
+    assert out == ""
+
+
+def test_inspect_shows_a_bundle(bundle):
+    text = otau("inspect", bundle).stdout
+    for word in ("pi05", "front 8x8", "decoder.onnx", "parity", "tokenizer.json"):
+        assert word in text
+    document = json.loads(otau("inspect", bundle, "--json").stdout)
+    assert document["manifest"]["policy"] == "pi05"
+
+
+def test_inspect_verifies(bundle):
+    (bundle / "README.md").unlink()
+    refused(otau("inspect", bundle), 1, "missing", "README.md")
+
+
+@pytest.mark.parametrize(("folder", "policy"), [("pi05_continuous", "pi05"), ("pi0", "pi0")])
+def test_inspect_counts_a_checkpoint(golden, folder, policy):
+    done = otau("inspect", golden / folder, "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    tensors = load_file(golden / folder / "model.safetensors")
+    assert document["policy"] == policy
+    assert document["tensors"] == len(tensors)
+    assert document["parameters"] == sum(value.size for value in tensors.values())
+    assert document["dtypes"] == {"F32": document["parameters"]}
+    assert list(document["cameras"].values()) == [[3, 28, 28]] * 2
+    text = otau("inspect", golden / folder)
+    assert policy in text.stdout
+    assert "model.safetensors" in text.stdout
+
+
+def test_inspect_of_a_zero_checkpoint_opens_no_pickle(golden):
+    document = json.loads(otau("inspect", golden / "zero/opentau_shaped_zero2", "--json").stdout)
+    assert document["weights"] == ["latest (DeepSpeed ZeRO)"]
+    assert document["parameters"] == 0
+
+
+def test_inspect_refuses_what_it_cannot_read(golden, tmp_path):
+    refused(otau("inspect", tmp_path / "nowhere"), 2, "no such directory")
+    refused(otau("inspect", tmp_path), 2, "neither a bundle nor a checkpoint")
+    (tmp_path / "config.json").write_text("{broken")
+    refused(otau("inspect", tmp_path), 1, "config.json", "cannot be read")
+    (tmp_path / "config.json").write_text("[]")
+    refused(otau("inspect", tmp_path), 1, "no policy")
+    (tmp_path / "config.json").write_text('{"type": "pi05", "input_features": {"state": {"shape": "?"}}}')
+    (tmp_path / "model.safetensors").write_bytes((golden / "pi0/model.safetensors").read_bytes()[:100])
+    refused(otau("inspect", tmp_path), 1, "model.safetensors", "cannot be read")
+
+
+def test_doctor_tells_facts_and_jobs():
+    done = otau("doctor", "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    facts = document["facts"]
+    assert facts["packages"]["numpy"] == np.__version__
+    assert "CPUExecutionProvider" in facts["onnxruntime providers"]
+    assert set(facts["mujoco rendering"]) == {"egl", "osmesa"}
+    assert document["jobs"]["run a bundle"] == {"ready": True, "missing": [], "install": []}
+    assert "run a bundle" in otau("doctor").stdout

@@ -1,0 +1,149 @@
+"""The manifest's parser: exact bytes, clear refusals, and nothing but OtauErrors for any bytes at all."""
+
+from __future__ import annotations
+
+import json
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from otau.runtime.errors import BundleError, MismatchError, OtauError
+from otau.runtime.manifest import decode_manifest, encode_manifest, manifest_fingerprint
+
+FUZZ = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+
+
+def changed(manifest, **fields):
+    unsealed = msgspec.structs.replace(manifest, **fields)
+    return msgspec.structs.replace(unsealed, fingerprint=manifest_fingerprint(unsealed))
+
+
+def test_what_was_written_is_read_back(manifest):
+    assert decode_manifest(encode_manifest(manifest), "here") == manifest
+
+
+@given(st.data())
+@FUZZ
+def test_every_changed_byte_is_noticed(manifest, data):
+    raw = bytearray(encode_manifest(manifest))
+    position = data.draw(st.integers(0, len(raw) - 1))
+    raw[position] ^= data.draw(st.integers(1, 255))
+    with pytest.raises(OtauError):
+        decode_manifest(bytes(raw), "here")
+
+
+@pytest.mark.parametrize("rewrite", [lambda raw: raw + b" ", lambda raw: raw[:-1], lambda raw: b"\n" + raw])
+def test_other_white_space_is_noticed(manifest, rewrite):
+    with pytest.raises(BundleError, match="was changed"):
+        decode_manifest(rewrite(encode_manifest(manifest)), "here")
+
+
+def test_a_manifest_that_was_edited_and_formatted_alike_is_noticed(manifest):
+    edited = msgspec.structs.replace(manifest, policy="pi07")
+    with pytest.raises(BundleError, match="was changed"):
+        decode_manifest(encode_manifest(edited), "here")
+
+
+@given(st.binary(max_size=200))
+@example(b"[" * 100_000)
+@example(b'{"schema": 1, "x": "\xff"}')
+@example(b'{"schema": 1, "files": ' + b'{"a":' * 100_000)
+@example(b'{"schema": 1e999}')
+@FUZZ
+def test_any_bytes_give_an_otau_error(raw):
+    with pytest.raises(OtauError):
+        decode_manifest(raw, "here")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.data())
+@FUZZ
+def test_any_value_anywhere_gives_an_otau_error_or_a_manifest(manifest, data):
+    document = json.loads(encode_manifest(manifest))
+    parent = document
+    key = data.draw(st.sampled_from(sorted(parent)))
+    while isinstance(parent[key], (dict, list)) and parent[key] and data.draw(st.booleans()):
+        parent = parent[key]
+        key = data.draw(st.sampled_from(sorted(parent) if isinstance(parent, dict) else range(len(parent))))
+    original = parent[key]
+    parent[key] = data.draw(JSON)
+    raw = json.dumps(document).encode()
+    if parent[key] == original:
+        return
+    with pytest.raises(OtauError):
+        decode_manifest(raw, "here")
+
+
+@pytest.mark.parametrize("schema", [0, 2, 99])
+def test_another_schema_is_refused_with_both_versions_before_anything_else(schema):
+    with pytest.raises(MismatchError) as caught:
+        decode_manifest(json.dumps({"schema": schema, "new": 1}).encode(), "here")
+    assert caught.value.exit_code == 3
+    assert "schema 1" in str(caught.value)
+    assert f"schema {schema}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "key", "nearest"),
+    [
+        ((), "polcy", "policy"),
+        (("norm",), "ep", "eps"),
+        (("cameras", 0), "hight", "height"),
+        (("graphs", "prefix", "inputs", 0), "shap", "shape"),
+        (("files", "prefix.onnx"), "sha265", "sha256"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_of_its_record(manifest, path, key, nearest):
+    document = json.loads(encode_manifest(manifest))
+    record = document
+    for step in path:
+        record = record[step]
+    record[key] = 1
+    with pytest.raises(BundleError, match=f"did you mean '{nearest}'"):
+        decode_manifest(json.dumps(document).encode(), "here")
+
+
+def test_a_number_that_json_cannot_hold_is_refused_when_writing(manifest):
+    gate = msgspec.structs.replace(manifest.gates[0], value=float("nan"))
+    with pytest.raises(BundleError, match="does not survive"):
+        encode_manifest(msgspec.structs.replace(manifest, gates=(gate,)))
+
+
+def nested(record, field, **fields):
+    return {field: msgspec.structs.replace(getattr(record, field), **fields)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: nested(m, "flow", chunk=0, n_action_steps=0, max_delay=0), "flow.chunk is 0"),
+        (lambda m: nested(m, "flow", max_delay=99), "max_delay"),
+        (lambda m: nested(m, "flow", n_action_steps=99), "n_action_steps"),
+        (lambda m: nested(m, "state", dim=99), "state.dim"),
+        (lambda m: nested(m, "action", names=("one",)), "number of names"),
+        (lambda m: {"delta_actions": {"7": 0}}, "action '7'"),
+        (lambda m: {"delta_actions": {"x": 0}}, "action 'x'"),
+        (lambda m: {"delta_actions": {"0": 3}}, "state 3"),
+        (lambda m: {"cameras": ()}, "cameras is 0"),
+        (lambda m: {"cameras": m.cameras + m.cameras}, "same name"),
+        (lambda m: {"empty_cameras": -1}, "empty_cameras"),
+        (
+            lambda m: {"cameras": (m.cameras[0], msgspec.structs.replace(m.cameras[1], height=9))},
+            "several sizes",
+        ),
+        (lambda m: {"graphs": {"prefix": m.graphs["prefix"]}}, "graphs are"),
+        (lambda m: nested(m, "prompt", tokenizer="other.json"), "'other.json' is not among"),
+        (lambda m: {"files": m.files | {"manifest.json": m.files["prefix.onnx"]}}, "among its own files"),
+    ],
+)
+def test_contradictions_are_refused(manifest, change, message):
+    with pytest.raises(BundleError, match=message):
+        decode_manifest(encode_manifest(changed(manifest, **change(manifest))), "here")
