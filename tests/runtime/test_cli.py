@@ -139,6 +139,10 @@ def test_infer_refuses_bad_inputs(bundle, recording, tmp_path):
     refused(otau("infer", bundle, "--inputs", tmp_path / "none", "--save", out), 2, "cannot be read")
     refused(otau("infer", bundle, "--inputs", recording, "--save", recording), 2, "overwrite")
     refused(otau("infer", bundle, "--inputs", recording, "--save", tmp_path / "no/out"), 2, "cannot be saved")
+    # Before the bundle is opened: nobody waits for a result that cannot be kept.
+    refused(
+        otau("infer", tmp_path / "nowhere", "--dummy", "--save", tmp_path / "no/out"), 2, "cannot be saved"
+    )
     recording.write_bytes(recording.read_bytes()[:-10])
     refused(otau("infer", bundle, "--inputs", recording, "--save", out), 2, "cannot be read")
     assert not out.exists()
