@@ -24,13 +24,6 @@ def film(path, levels, failure):
         raise failure
 
 
-def decoded(path):
-    with av.open(str(path)) as container:
-        (stream,) = container.streams
-        frames = [picture.to_ndarray(format="rgb24") for picture in container.decode(stream)]
-        return frames, float(stream.average_rate), stream.codec_context.name
-
-
 def test_pictures_stand_side_by_side():
     picture = side_by_side({"a": np.full((3, 5, 3), 1, np.uint8), "b": np.full((2, 4, 3), 2, np.uint8)})
     assert picture.shape == (4, 10, 3)
@@ -40,14 +33,14 @@ def test_pictures_stand_side_by_side():
     assert not picture[:, 9].any()
 
 
-def test_a_video_holds_every_frame_at_the_robots_rate(tmp_path):
+def test_a_video_holds_every_frame_at_the_robots_rate(tmp_path, decode_video):
     path = tmp_path / "run.mp4"
     levels = [0, 60, 120, 180, 240]
     with VideoWriter(path, rate=20.0) as video:
         for level in levels:
             video.write(frame(level))
             assert not path.exists()
-    frames, rate, codec = decoded(path)
+    frames, rate, codec = decode_video(path)
     assert rate == 20.0
     assert codec in ("h264", "mpeg4")
     assert [picture.shape for picture in frames] == [(32, 80, 3)] * 5
@@ -55,20 +48,20 @@ def test_a_video_holds_every_frame_at_the_robots_rate(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_without_h264_it_is_mpeg4(tmp_path, monkeypatch):
+def test_without_h264_it_is_mpeg4(tmp_path, decode_video, monkeypatch):
     monkeypatch.setattr(av, "codecs_available", {"mpeg4"})
     with VideoWriter(tmp_path / "run.mp4", rate=20.0) as video:
         for level in (0, 200):
             video.write(frame(level))
-    frames, _, codec = decoded(tmp_path / "run.mp4")
+    frames, _, codec = decode_video(tmp_path / "run.mp4")
     assert codec == "mpeg4"
     assert len(frames) == 2
 
 
-def test_an_interrupted_video_is_complete_up_to_there(tmp_path):
+def test_an_interrupted_video_is_complete_up_to_there(tmp_path, decode_video):
     with pytest.raises(KeyboardInterrupt):
         film(tmp_path / "run.mp4", (0, 100), KeyboardInterrupt())
-    assert len(decoded(tmp_path / "run.mp4")[0]) == 2
+    assert len(decode_video(tmp_path / "run.mp4")[0]) == 2
 
 
 @pytest.mark.parametrize("written", [0, 3])
