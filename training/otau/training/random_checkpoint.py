@@ -29,7 +29,7 @@ from otau.training.policies.sizes import DIMS_FILE, HeadDims, PolicyDims
 from otau.training.policies.vision import VisionDims
 from otau.training.tokenizer import train_tokenizer
 
-__all__ = ["SIZES", "Size", "write_random_checkpoint"]
+__all__ = ["SIZES", "Size", "random_config", "write_random_checkpoint"]
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def write_random_checkpoint(out: Path, policy: str, size: str, seed: int = 0) ->
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError("the output folder is taken", where=out, fix="choose another, or remove it first")
     sizes = SIZES[size]
-    config = _config(policy, sizes)
+    config = random_config(policy, sizes)
     module = build_policy(config, sizes.dims)
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -145,7 +145,8 @@ def write_random_checkpoint(out: Path, policy: str, size: str, seed: int = 0) ->
     }
 
 
-def _config(policy: str, size: Size) -> PolicyConfig:
+def random_config(policy: str, size: Size) -> PolicyConfig:
+    """The configuration of a randomly initialised policy."""
     picture = (size.dims.vision.height, size.dims.vision.width)
     cameras = {f"camera{i}": {"type": "VISUAL", "shape": (3, *picture)} for i in range(size.cameras)}
     return msgspec.convert(

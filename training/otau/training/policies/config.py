@@ -168,6 +168,14 @@ def _check(config: PolicyConfig, path: Path) -> None:
             got=cameras or list(config.input_features),
             fix="set resize_imgs_with_padding" if cameras else "add a feature of type VISUAL",
         )
+    for action, state in (config.delta_action_state_map or {}).items():
+        if not (action.isdecimal() and int(action) < config.action_dim and 0 <= state < config.state_dim):
+            raise CheckpointError(
+                "delta_action_state_map names a dimension that is not there",
+                where=path,
+                expected=f"action index below {config.action_dim} -> state index below {config.state_dim}",
+                got=f"{action} -> {state}",
+            )
     if config.predict_response:
         raise UsageError(
             "this policy predicts a text response before it acts, which otau does not compile",

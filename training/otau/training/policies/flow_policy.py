@@ -133,6 +133,13 @@ class FlowPolicy(nn.Module, ABC):
             (B, T, A) float32.
         """
 
+    def to_bfloat16(self) -> FlowPolicy:
+        """Cast to bfloat16 as served, in place: all but the patch convolution and the position table."""
+        for name, parameter in self.named_parameters():
+            if not name.startswith("vision.tower.embeddings."):
+                parameter.data = parameter.data.bfloat16()
+        return self
+
     def state_tokens(self, state: StateTokens) -> list[Tensor]:
         """Embeddings that close the prefix, for policies that read the state there."""
         raise NotImplementedError(f"{self.type} does not read the state in its prefix")

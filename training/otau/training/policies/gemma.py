@@ -126,11 +126,11 @@ class Attention(nn.Module):
         return _rotate(self.k_proj(x).reshape(shape), rotary), self.v_proj(x).reshape(shape)
 
     def grouped_queries(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """Scaled queries of `x` (B, T, W), the heads of a group side by side: (B, Hkv, G T, D)."""
+        """Scaled queries of `x` (B, T, W), a group's heads side by side: (B, Hkv, G T, D) float32."""
         dims = self.dims
         batch, length = x.shape[:2]
         q = _rotate(self.q_proj(x).reshape(batch, length, dims.heads, dims.head_dim), rotary)
-        q = q.transpose(1, 2) * dims.head_dim**-0.5
+        q = q.transpose(1, 2).float() * dims.head_dim**-0.5
         return q.reshape(batch, dims.kv_heads, dims.heads // dims.kv_heads * length, dims.head_dim)
 
     def project(self, grouped: Tensor, length: int) -> Tensor:
@@ -153,7 +153,7 @@ class Attention(nn.Module):
         """
         batch, kv_heads, rows, _ = q.shape
         length = k.shape[1]
-        scores = (q @ k.permute(0, 2, 3, 1)).float()
+        scores = q @ k.permute(0, 2, 3, 1).float()
         scores = scores.reshape(batch, kv_heads, self.dims.heads // kv_heads, length, length) + bias
         weights = scores.softmax(-1).reshape(batch, kv_heads, rows, length)
         return weights.to(v.dtype) @ v.transpose(1, 2)
@@ -181,10 +181,10 @@ class Attention(nn.Module):
             (B, Hkv, G T, D).
         """
         cached_k, cached_v = cached
-        scores = (q @ k.permute(0, 2, 3, 1)).float()
+        scores = q @ k.permute(0, 2, 3, 1).float()
         if bias is not None:
             scores = scores + bias
-        cached_scores = (q @ cached_k).float() + cached_bias
+        cached_scores = q @ cached_k.float() + cached_bias
         weights = torch.cat([cached_scores, scores], dim=-1).softmax(-1).to(v.dtype)
         prefix_length = cached_k.shape[-1]
         cached_weights, weights = weights[..., :prefix_length], weights[..., prefix_length:]
