@@ -191,6 +191,7 @@ def test_inspect_shows_a_bundle(bundle):
         assert word in text
     document = json.loads(otau("inspect", bundle, "--json").stdout)
     assert document["manifest"]["policy"] == "pi05"
+    assert document["manifest"]["fingerprint"] in "".join(text.split())
 
 
 def test_inspect_verifies(bundle):

@@ -56,6 +56,8 @@ def inspect(
 
 def _print_bundle(console: Console, path: Path, manifest: Manifest) -> None:
     """A bundle for people."""
+    from otau.runtime.manifest import GRAPHS
+
     flow, norm, prompt = manifest.flow, manifest.norm, manifest.prompt
     _print_facts(
         console,
@@ -87,7 +89,8 @@ def _print_bundle(console: Console, path: Path, manifest: Manifest) -> None:
         },
     )
     graphs = _table("graph", "file", "nodes", "parameters")
-    for name, graph in manifest.graphs.items():
+    for name in GRAPHS:
+        graph = manifest.graphs[name]
         graphs.add_row(name, graph.file, f"{graph.nodes:,}", f"{graph.parameters:,}")
     gates = _table("gate", "metric", "value", "limit", "passed", "control failed")
     for gate in manifest.gates:
@@ -131,6 +134,8 @@ def _print_facts(console: Console, title: str, facts: dict[str, str]) -> None:
 
     console.print(Text(title, style="bold"))
     table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for name, value in facts.items():
         # Text: names from the file may contain brackets, which are markup otherwise.
         table.add_row(name, Text(value))
@@ -138,7 +143,7 @@ def _print_facts(console: Console, title: str, facts: dict[str, str]) -> None:
 
 
 def _table(*columns: str) -> Table:
-    """A table whose first column is text and whose others break nowhere."""
+    """A table that breaks long words rather than cutting them off."""
     from rich.table import Table
 
     table = Table(*columns)
