@@ -85,6 +85,16 @@ def test_frozen_rows_come_out_as_they_went_in(policy, noise):
     np.testing.assert_array_equal(chunk.normalised[:2, 2:], 0)
 
 
+def test_a_longer_delay_than_was_trained_works_with_a_warning(policy, noise, caplog):
+    prefix = np.ones((4, 2), np.float32)
+    with caplog.at_level(logging.WARNING):
+        policy.infer(observation(), noise=noise, action_prefix=prefix, delay=3)
+        assert caplog.text == ""
+        chunk = policy.infer(observation(), noise=noise, action_prefix=prefix, delay=4)
+    np.testing.assert_allclose(chunk.actions[:4], prefix, rtol=1e-6, atol=1e-5)
+    assert "a delay of 4 control ticks is more than the 3" in caplog.text
+
+
 def test_the_same_seed_gives_the_same_chunk_and_no_seed_another(policy):
     first, second = (policy.infer(observation(), rng=np.random.default_rng(5)) for _ in range(2))
     np.testing.assert_array_equal(first.actions, second.actions)
@@ -192,8 +202,9 @@ def test_observations_that_do_not_fit_are_refused(policy, changes, message):
         ({"noise": np.zeros((CHUNK, 3), np.float32)}, "noise"),
         ({"noise": np.full((CHUNK, MAX_ACTION), np.nan, np.float32)}, "noise"),
         ({"delay": 1}, "shorter than the delay"),
-        ({"delay": 4}, "not trained with this delay"),
-        ({"delay": -1}, "not trained with this delay"),
+        ({"delay": 4}, "shorter than the delay"),
+        ({"delay": -1}, "does not fit the chunk"),
+        ({"delay": 6, "action_prefix": np.zeros((5, 2), np.float32)}, "does not fit the chunk"),
         ({"delay": 0.5}, "not a number of control ticks"),
         ({"action_prefix": np.zeros((6, 2), np.float32)}, "longer than the chunk"),
         ({"action_prefix": np.zeros((2, 3), np.float32)}, "action_prefix has the wrong shape"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -20,6 +21,8 @@ from otau.runtime.spec import Manifest
 from otau.runtime.vectors import ActionSpace
 
 __all__ = ["ActionChunk", "IngestedCache", "Policy"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,11 +255,17 @@ class Policy:
                     got=f"delay {delays.tolist()}",
                 )
             return {}
-        if delays.min() < 0 or delays.max() > flow.max_delay:
+        if delays.min() < 0 or delays.max() > flow.chunk:
             raise UsageError(
-                "the policy was not trained with this delay",
-                expected=f"0..{flow.max_delay} control ticks",
+                "the delay does not fit the chunk",
+                expected=f"0..{flow.chunk} control ticks",
                 got=delays.tolist(),
+            )
+        if delays.max() > flow.max_delay:
+            _log.warning(
+                "a delay of %d control ticks is more than the %d that the policy was trained with",
+                delays.max(),
+                flow.max_delay,
             )
         if action_prefix is None:
             action_prefix = np.zeros((size, 0, self.manifest.action.dim), np.float32)

@@ -29,7 +29,7 @@ from otau.toolchain.gate.probes import Answer, Probe, answer, damaged, folded_ac
 from otau.toolchain.graph.export import DecoderStepFromProgram, IngestFromPolicy, PrefixFromPolicy
 from otau.toolchain.graph.loop import LoopDenoiseSteps
 from otau.toolchain.graph.programs import DenoiseStep
-from otau.toolchain.graph.simplify import count_nodes, simplify
+from otau.toolchain.graph.simplify import count_nodes, count_parameters, simplify
 from otau.toolchain.manifest import GraphSpecFromModel, ManifestFromCheckpoint
 from otau.toolchain.memory import peak_rss_mb, reset_peak_rss
 from otau.toolchain.report import card
@@ -167,7 +167,8 @@ def write(c: Compilation) -> None:
     """Write graphs, statistics and tokenizer, check the graphs, and let go of the policy's weights."""
     for name, model in c.models.items():
         file = c.writer.path / f"{name}.onnx"
-        ir.save(model, file, external_data=f"{name}.onnx.data")
+        weights = f"{name}.onnx.data" if count_parameters(model) else None
+        ir.save(model, file, external_data=weights)
         onnx.checker.check_model(file, full_check=True)
         c.graphs[name] = GraphSpecFromModel(file.name, model)
     save_file(c.checkpoint.statistics, c.writer.path / STATS_NAME)

@@ -1,0 +1,139 @@
+"""A gate that cannot fail is none: each is fed something damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from tests.toolchain.conftest import new_compilation
+
+from otau.runtime.errors import CheckpointError, GateError
+from otau.runtime.spec import GateResult
+from otau.toolchain import pipeline
+from otau.toolchain.gate.parity import refuse_failed, relative_error
+from otau.toolchain.gate.probes import answer, damaged, make_probes
+from otau.toolchain.pipeline import Compilation, compile_bundle
+from otau.training.policies import load_checkpoint
+
+
+def damage_weight(model: ir.Model) -> None:
+    """Scale the largest weight of a graph by 1.0001."""
+    weight = max(model.graph.initializers.values(), key=lambda value: value.const_value.size)
+    weight.const_value = ir.tensor(weight.const_value.numpy() * np.float32(1.0001), name=weight.name)
+
+
+def swap_keys_and_values(model: ir.Model) -> None:
+    """Transpose the batch and heads of one output: right shapes, where sizes agree, and wrong contents."""
+    first, second = model.graph.outputs[0], model.graph.outputs[1]
+    model.graph.outputs[0], model.graph.outputs[1] = second, first
+    first.name, second.name = second.name, first.name
+
+
+@pytest.mark.parametrize(
+    ("graph", "damage", "failing"),
+    [
+        ("prefix", damage_weight, "prefix"),
+        ("decoder", damage_weight, "decoder, actions"),
+        ("ingest", swap_keys_and_values, "decoder, actions"),
+    ],
+)
+def test_a_damaged_graph_leaves_no_bundle(
+    tiny: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    graph: str,
+    damage: Callable[[ir.Model], None],
+    failing: str,
+) -> None:
+    def damaged_loop(c: Compilation) -> None:
+        pipeline.loop(c)
+        damage(c.models[graph])
+
+    stages = tuple(damaged_loop if stage is pipeline.loop else stage for stage in pipeline.STAGES)
+    monkeypatch.setattr(pipeline, "STAGES", stages)
+    compilation = new_compilation(tiny("pi05"), tmp_path / "bundle")
+    with pytest.raises(GateError) as caught:
+        compile_bundle(compilation)
+    assert caught.value.exit_code == 1
+    assert failing in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+    assert any(not gate["passed"] for gate in compilation.report()["gates"])
+
+
+def test_the_fold_gate_sees_a_wrong_table(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = pipeline.DenoiseStep
+
+    class ShiftedSchedule(exact):
+        def __init__(self, *args) -> None:
+            super().__init__(*args)
+            self.schedule = self.schedule.roll(1, 0)
+
+    monkeypatch.setattr(pipeline, "DenoiseStep", ShiftedSchedule)
+    with pytest.raises(GateError, match="fold failed"):
+        compile_bundle(new_compilation(tiny("pi05"), tmp_path / "bundle"))
+
+
+def test_a_bundle_that_was_there_survives_a_failed_compilation(
+    compiled: Callable[..., Compilation],
+    tiny: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import shutil
+
+    bundle = Path(shutil.copytree(compiled(tiny("pi05")).destination, tmp_path / "bundle"))
+    before = {path.name: path.read_bytes() for path in bundle.iterdir()}
+
+    def fail(c: Compilation) -> None:
+        raise CheckpointError("made to fail")
+
+    monkeypatch.setattr(pipeline, "STAGES", (fail,))
+    with pytest.raises(CheckpointError):
+        compile_bundle(new_compilation(tiny("pi05"), bundle))
+    assert {path.name: path.read_bytes() for path in bundle.iterdir()} == before
+    assert list(tmp_path.iterdir()) == [bundle]
+
+
+@pytest.mark.parametrize("policy", ["pi05", "pi0"])
+def test_the_control_damages_the_policy_and_heals_it(tiny: Callable[[str], Path], policy: str) -> None:
+    module = load_checkpoint(tiny(policy)).policy
+    before = {name: parameter.clone() for name, parameter in module.named_parameters()}
+    probe = make_probes(module)[0]
+    sound = answer(module, probe, 3)
+    with damaged(module):
+        broken = answer(module, probe, 3, sound)
+    assert relative_error(broken.actions, sound.actions) > 2e-6
+    assert relative_error(broken.values[-1], sound.values[-1]) > 1e-5
+    assert np.array_equal(broken.keys, sound.keys), "only the last layer's values are damaged"
+    assert all(torch.equal(before[name], parameter) for name, parameter in module.named_parameters())
+
+
+def test_probes_cover_every_trained_delay_and_several_lengths(tiny: Callable[[str], Path]) -> None:
+    module = load_checkpoint(tiny("pi05")).policy
+    probes = make_probes(module)
+    assert all(
+        probe.decoder["delay"].tolist() == list(range(module.config.max_delay + 1)) for probe in probes
+    )
+    assert len({probe.prefix["tokens"].shape[1] for probe in probes}) > 1
+    assert any(not probe.prefix["token_masks"].all() for probe in probes)
+    assert any(not probe.prefix["image_masks"].all() for probe in probes)
+
+
+def test_relative_error() -> None:
+    reference = np.array([4.0, 0.0], np.float32)
+    assert relative_error(np.array([4.0, 0.2], np.float32), reference) == pytest.approx(0.05)
+    assert relative_error(np.array([0.1], np.float32), np.zeros(1, np.float32)) == pytest.approx(0.1)
+    assert relative_error(np.array([np.nan, 0.0], np.float32), reference) == float("inf")
+    assert relative_error(np.zeros(3, np.float32), reference) == float("inf")
+
+
+def test_a_blind_gate_is_refused() -> None:
+    gate = GateResult(name="fold", metric="m", value=0.0, limit=1.0, passed=True, control_failed=False)
+    with pytest.raises(GateError, match="cannot tell"):
+        refuse_failed([gate])
