@@ -89,7 +89,7 @@ def test_a_longer_delay_than_was_trained_works_with_a_warning(policy, noise, cap
     prefix = np.ones((4, 2), np.float32)
     with caplog.at_level(logging.WARNING):
         policy.infer(observation(), noise=noise, action_prefix=prefix, delay=3)
-        assert caplog.text == ""
+        assert "trained with" not in caplog.text
         chunk = policy.infer(observation(), noise=noise, action_prefix=prefix, delay=4)
     np.testing.assert_allclose(chunk.actions[:4], prefix, rtol=1e-6, atol=1e-5)
     assert "a delay of 4 control ticks is more than the 3" in caplog.text

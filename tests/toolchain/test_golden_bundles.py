@@ -75,7 +75,7 @@ def test_opentaus_tensors(case: str, compiled: Compiled) -> None:
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_pytorchs_actions_at_every_delay_and_unseen_prefix_lengths(folder: str, compiled: Compiled) -> None:
-    """The chain of engines within 2e-6, at delays 0 to the whole chunk, with batches and masks of all kinds."""
+    """The chain of engines within 2e-6, at every delay of the chunk, with all kinds of batches and masks."""
     bundle = compiled(GOLDEN / folder).destination
     policy = load_checkpoint(GOLDEN / folder).policy
     kind = engine_class("onnxruntime")

@@ -104,7 +104,7 @@ def test_simplify_and_loop_keep_the_decoders_numbers(tiny: Callable[[str], Path]
 
 
 def test_every_patch_has_its_reason() -> None:
-    """None is needed today: all other tests export unpatched. One to come brings a test that fails without it."""
+    """None is needed today: all other tests export unpatched. One to come brings its failing test."""
     assert PATCHES == ()
 
 
