@@ -1,9 +1,11 @@
 import importlib.util
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -64,6 +66,34 @@ def test_a_seed_is_an_initial_state_of_the_benchmark():
         plate = robot._env.sim.model.get_joint_qpos_addr("plate_1_joint0")[0]
         assert np.allclose(settled[0][plate : plate + 2], states[1][1 + plate : 3 + plate], atol=0.005)
         assert len(states[1]) == 1 + nq + robot._env.sim.model.nv
+
+
+@needs_assets
+@pytest.mark.skipif(
+    int(version("mujoco").split(".")[1]) > 3, reason="from MuJoCo 3.4 on the bowl slides off its ramekin"
+)
+def test_the_bowl_stays_on_its_ramekin():
+    with LiberoRobot("libero_spatial/5") as robot:
+        robot.reset(0)
+        positions, bodies = robot._env.sim.data.body_xpos, robot._env.obj_body_id
+        bowl = positions[bodies["akita_black_bowl_1"]]
+        ramekin = positions[bodies["glazed_rim_porcelain_ramekin_1"]]
+        # 15 mm with MuJoCo 3.3, 37 mm, which is beside it, with 3.4 and later.
+        assert np.linalg.norm((bowl - ramekin)[:2]) < 0.025
+        assert bowl[2] > ramekin[2] + 0.02
+
+
+@needs_assets
+def test_a_missing_mesh_is_told(tmp_path):
+    assets = tmp_path / "assets"
+    shutil.copytree(os.environ["OTAU_LIBERO_ASSETS"], assets, copy_function=os.symlink)
+    visual = assets / "stable_hope_objects/alphabet_soup/visual"
+    visual.chmod(0o755)
+    for mesh in visual.glob("*.msh"):
+        mesh.unlink()
+    with pytest.raises(MissingDependencyError, match="cannot be built") as failure:
+        LiberoRobot("libero_object/0", assets)
+    assert failure.value.where == assets
 
 
 @needs_assets
@@ -169,6 +199,22 @@ def test_importing_asks_nothing_and_touches_no_configuration_of_the_user(tmp_pat
     )
     assert done.stdout == "open the middle drawer of the cabinet\n"
     assert (home / ".libero/config.yaml").read_text() == "benchmark_root: /elsewhere\n"
+
+
+@needs_assets
+def test_a_cache_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "cache").write_text("a file where a folder should be")
+    code = (
+        "from otau.robot.libero import LiberoRobot\n"
+        "from otau.runtime.errors import MismatchError\n"
+        "try: LiberoRobot('libero_goal/0')\n"
+        "except MismatchError as error: print(error.fix)"
+    )
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert "XDG_CACHE_HOME" in done.stdout
 
 
 class _Payload:

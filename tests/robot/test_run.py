@@ -6,10 +6,12 @@ import signal
 import subprocess
 import time
 
+import msgspec
 import numpy as np
 import pytest
 
 from otau.robot import ActionLayout, CameraView, RobotSpec, StateLayout, cli, registry
+from otau.runtime import Bundle
 from otau.runtime.errors import MismatchError, UsageError
 
 pytestmark = pytest.mark.slow  # the bundle takes half a minute to compile
@@ -132,6 +134,19 @@ def test_the_help_has_an_example(otau):
     done = otau("run", "--help")
     assert done.returncode == 0
     assert "Example: otau run my_bundle --robot robosuite:Lift" in done.stdout
+
+
+def test_a_bundle_without_a_tokenizer_moves_nothing(monkeypatch, bundle):
+    opened = Bundle.open(bundle)
+    prompt = msgspec.structs.replace(opened.manifest.prompt, tokenizer=None)
+    opened.manifest = msgspec.structs.replace(opened.manifest, prompt=prompt)
+    robot = StrangeRobot(max_steps=10)
+    monkeypatch.setattr(Bundle, "open", lambda path: opened)
+    monkeypatch.setattr(registry, "open_robot", lambda target: robot)
+    with pytest.raises(UsageError, match="token ids") as refusal:
+        cli.run(bundle, "strange:task")
+    assert "--tokenizer" in refusal.value.fix
+    assert not robot.moved
 
 
 class StrangeRobot:

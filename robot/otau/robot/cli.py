@@ -87,6 +87,12 @@ def _drive(
             state_names=spec.state.names,
             action_names=spec.action.names,
         )
+        if bundle.manifest.prompt.tokenizer is None:
+            raise UsageError(
+                "the bundle takes token ids, so it cannot be told the task",
+                where=bundle_path,
+                fix="compile it with --tokenizer DIR",
+            )
         limit = steps or spec.max_steps
         if limit is None:
             raise UsageError("nothing ends an episode of this robot", where=target, fix="give --steps N")
@@ -106,7 +112,7 @@ def _drive(
         "robot": target.partition(":")[0],
         "task": target.partition(":")[2],
         "bundle": str(bundle_path),
-        "prompt": prompt or spec.prompt,
+        "prompt": spec.prompt if prompt is None else prompt,
         "seed": seed,
         "rate_hz": spec.rate,
         "steps": result.steps,

@@ -89,8 +89,10 @@ def run_episode(
                 observation = robot.observe()
                 if on_frame is not None:
                     on_frame(observation.images)
+                if prompt is not None:
+                    observation = dataclasses.replace(observation, prompt=prompt)
                 if buffer.empty:
-                    buffer.fill(dataclasses.replace(observation, prompt=prompt or robot.spec.prompt))
+                    buffer.fill(observation)
             result = robot.act(buffer.take())
             executed += 1
             success = result.success

@@ -6,14 +6,14 @@ import logging
 import os
 import re
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from otau.robot.libero_files import import_libero, libero_assets, load_init_states
-from otau.robot.panda import ENVIRONMENT_OPTIONS, PandaRobot, panda_spec
-from otau.runtime.errors import UsageError, nearest_name
+from otau.robot.panda import PandaRobot, panda_spec
+from otau.robot.simulator import require_package
+from otau.runtime.errors import MissingDependencyError, UsageError, nearest_name
 
 __all__ = ["LIBERO_SUITES", "LiberoRobot"]
 
@@ -52,11 +52,11 @@ class LiberoRobot(PandaRobot):
                 where="--robot libero:SUITE/TASK",
                 fix=nearest_name(suite, LIBERO_SUITES),
             )
-        libero = import_libero(libero_assets(assets))
+        self._assets = libero_assets(assets)
+        tasks = import_libero(self._assets).benchmark.task_maps[suite]
         _warn_of_unfaithful_mujoco()
-        tasks = libero.benchmark.task_maps[suite]
         found = tasks[_task_name(suite, which, list(tasks))]
-        package = Path(libero.__file__).parent
+        package = require_package("libero") / "libero"
         self._definition = package / "bddl_files" / suite / found.bddl_file
         self._init_states = load_init_states(package / "init_files" / suite / found.init_states_file)
         super().__init__(panda_spec(f"libero:{task}", found.language, LIBERO_SUITES[suite]))
@@ -66,7 +66,17 @@ class LiberoRobot(PandaRobot):
 
         # Its wrapper is used for what it sets up. Its `reset` is not: a `continue` in a `finally`
         # swallows every exception, Ctrl-C too, and tries again for ever.
-        self._wrapper = OffScreenRenderEnv(bddl_file_name=str(self._definition), **ENVIRONMENT_OPTIONS)
+        try:
+            self._wrapper = OffScreenRenderEnv(
+                bddl_file_name=str(self._definition), **self._environment_options
+            )
+        except (OSError, ValueError) as error:  # of the parser of XML and of MuJoCo, where a file lacks
+            raise MissingDependencyError(
+                "the scene cannot be built from these LIBERO assets",
+                where=self._assets,
+                got=str(error).splitlines()[0],
+                fix="name a complete folder, or none to fetch the originals",
+            ) from error
         return self._wrapper.env
 
     def _begin(self, seed: int | None) -> None:

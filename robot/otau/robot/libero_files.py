@@ -20,7 +20,7 @@ from types import ModuleType
 import numpy as np
 
 from otau.robot.simulator import import_robosuite, require_package
-from otau.runtime.errors import MissingDependencyError, UsageError
+from otau.runtime.errors import MismatchError, MissingDependencyError, UsageError
 
 __all__ = ["ASSETS_REPOSITORY", "ASSETS_VARIABLE", "import_libero", "libero_assets", "load_init_states"]
 
@@ -43,6 +43,7 @@ def import_libero(assets: Path) -> ModuleType:
 
     Raises:
         MissingDependencyError: LIBERO, robosuite or OpenGL is not installed.
+        MismatchError: The user's cache cannot be written.
     """
     import_robosuite()
     package = require_package("libero")
@@ -112,7 +113,7 @@ def load_init_states(path: Path) -> np.ndarray:
 
     allowed = [
         # The files were written by NumPy 1, under the module's old name.
-        (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
+        (np.empty(0).__reduce__()[0], "numpy.core.multiarray._reconstruct"),
         np.ndarray,
         np.dtype,
         type(np.dtype(np.float64)),
@@ -154,10 +155,18 @@ def _config(package: Path) -> Iterator[None]:
         "datasets": str(folder / "datasets"),
         "assets": str(package / "assets"),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".part", delete=False) as part:
-        yaml.safe_dump(content, part)
-    os.replace(part.name, folder / "config.yaml")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".part", delete=False) as part:
+            yaml.safe_dump(content, part)
+        os.replace(part.name, folder / "config.yaml")
+    except OSError as error:
+        raise MismatchError(
+            "LIBERO's configuration cannot be written",
+            where=folder,
+            got=error,
+            fix="set XDG_CACHE_HOME to a folder that can be written",
+        ) from error
     before = os.environ.get("LIBERO_CONFIG_PATH")
     os.environ["LIBERO_CONFIG_PATH"] = str(folder)
     try:

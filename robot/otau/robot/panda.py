@@ -6,7 +6,7 @@ import abc
 import contextlib
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from otau.runtime.errors import MismatchError, UsageError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["ENVIRONMENT_OPTIONS", "PandaRobot", "panda_spec"]
+__all__ = ["PandaRobot", "panda_spec"]
 
 _RATE = 20
 """Actions a second [Hz], as LIBERO's data was recorded."""
@@ -41,15 +41,6 @@ _ACTION = ActionLayout(
     low=(-1.0,) * 7,
     high=(1.0,) * 7,
 )
-
-ENVIRONMENT_OPTIONS = {
-    "has_renderer": False,
-    "has_offscreen_renderer": True,
-    "use_camera_obs": False,
-    "control_freq": _RATE,
-    "ignore_done": True,
-}
-"""Of every environment: drawn on demand only, never over by robosuite's own count."""
 
 _PLACEMENT_TRIES = 10
 
@@ -82,6 +73,15 @@ class PandaRobot(abc.ABC):
     Drawing takes far longer than simulating, so only `observe` draws.
     """
 
+    _environment_options: ClassVar[dict[str, Any]] = {
+        "has_renderer": False,
+        "has_offscreen_renderer": True,
+        "use_camera_obs": False,
+        "control_freq": _RATE,
+        "ignore_done": True,
+    }
+    """Of every environment: drawn on demand only, never over by robosuite's own count."""
+
     def __init__(self, spec: RobotSpec) -> None:
         """Build the environment, which takes some seconds.
 
@@ -95,7 +95,7 @@ class PandaRobot(abc.ABC):
 
     @abc.abstractmethod
     def _make(self) -> Any:
-        """A new environment of robosuite, made with `ENVIRONMENT_OPTIONS`."""
+        """A new environment of robosuite, made with `_environment_options`."""
 
     def _begin(self, seed: int | None) -> None:
         """Bring the environment to the start of an episode; the random streams are seeded already."""
@@ -150,7 +150,7 @@ class PandaRobot(abc.ABC):
         self._env.step(self._spec.action.limited(action))
         self._steps += 1
         success = bool(self._env._check_success())
-        done = success or self._steps >= self._spec.max_steps
+        done = success or self._steps == self._spec.max_steps
         if done:
             self._phase = "over"
         return StepResult(success=success, done=done)

@@ -23,7 +23,7 @@ def open_robot(target: str, **options: object) -> Robot:
 
     Args:
         target: Adapter and task. What follows the first colon is the adapter's own business.
-        options: Keyword arguments of the adapter, such as LIBERO's `assets`.
+        options: Keyword arguments of the adapter, such as LIBERO's `assets`. Its first is the task.
 
     Returns:
         The robot, open and not yet reset. Close it, or use it as a context manager.
@@ -44,7 +44,7 @@ def open_robot(target: str, **options: object) -> Robot:
         raise MismatchError(
             f"the robot {name!r} is registered but does not load", where=entry.value, got=error
         ) from error
-    accepted = [option for option in inspect.signature(adapter).parameters if option != "task"]
+    accepted = list(inspect.signature(adapter).parameters)[1:]
     for option in options:
         if option not in accepted:
             raise UsageError(

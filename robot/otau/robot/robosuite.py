@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from otau.robot.panda import ENVIRONMENT_OPTIONS, PandaRobot, panda_spec
+from otau.robot.panda import PandaRobot, panda_spec
 from otau.robot.simulator import import_robosuite
 from otau.runtime.errors import UsageError, nearest_name
 
@@ -57,5 +57,5 @@ class RobosuiteRobot(PandaRobot):
         robosuite = import_robosuite()
         controller = robosuite.load_controller_config(default_controller="OSC_POSE")
         return robosuite.make(
-            self._task, robots="Panda", controller_configs=controller, **ENVIRONMENT_OPTIONS
+            self._task, robots="Panda", controller_configs=controller, **self._environment_options
         )

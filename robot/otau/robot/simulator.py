@@ -83,7 +83,7 @@ def seeded(seed: int | None) -> Iterator[None]:
 
     python_state, numpy_state = random.getstate(), np.random.get_state()
     random.seed(seed)
-    np.random.seed(seed)
+    np.random.seed(seed % 2**32)  # all that this stream takes
     try:
         yield
     finally:
