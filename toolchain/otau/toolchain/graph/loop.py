@@ -1,7 +1,7 @@
 """One denoise step -> the decoder: all steps in one graph.
 
-The steps become an ONNX `Loop` around the step's own nodes. Unrolled, ten steps of the full-size decoder
-are ten times the nodes, and ONNX Runtime packs every weight anew for each node that multiplies by it.
+The steps become an ONNX `Loop` around the step's own nodes; unrolled, ten steps are ten times the nodes to
+export, simplify and load.
 """
 
 from __future__ import annotations
