@@ -38,7 +38,23 @@ from otau.toolchain.thresholds import THRESHOLDS
 from otau.toolchain.tokenizer import has_tokenizer, read_tokenizer
 from otau.training.policies import Checkpoint, load_checkpoint
 
-__all__ = ["STAGES", "Compilation", "GraphReport", "StageReport", "compile_bundle"]
+__all__ = [
+    "STAGES",
+    "Compilation",
+    "GraphReport",
+    "StageReport",
+    "compile_bundle",
+    "engine",
+    "export",
+    "fold",
+    "gate",
+    "intake",
+    "loop",
+    "reference",
+    "seal",
+    "simplify_graphs",
+    "write",
+]
 
 _LOG = logging.getLogger(__name__)
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "MASKED",
+    "MLP",
     "AdaptiveRMSNorm",
     "Attention",
     "Block",
