@@ -1,4 +1,4 @@
-"""The README's commands are run as they stand."""
+"""The README's commands and the examples are run as they stand."""
 
 from __future__ import annotations
 
@@ -48,3 +48,18 @@ def test_the_commands_work_in_this_order(tmp_path: Path) -> None:
             check=False,
         )
         assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.slow
+def test_the_closed_loop_example(tmp_path: Path) -> None:
+    pytest.importorskip("robosuite", reason="the simulator is not installed: make sim")
+    otau = Path(sys.executable).parent / "otau"
+    for command in (
+        [otau, "init", "--out", "checkpoint"],
+        [otau, "compile", "checkpoint", "--out", "bundle", "--num-steps", "2"],
+        [sys.executable, ROOT / "examples" / "01_closed_loop" / "closed_loop.py", "bundle", "15"],
+    ):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert "after 0 steps: a chunk of 10" in done.stdout
+    assert "after 10 steps" in done.stdout
