@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,8 +86,6 @@ def test_a_bundle_that_was_there_survives_a_failed_compilation(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import shutil
-
     bundle = Path(shutil.copytree(compiled(tiny("pi05")).destination, tmp_path / "bundle"))
     before = {path.name: path.read_bytes() for path in bundle.iterdir()}
 
@@ -102,6 +101,7 @@ def test_a_bundle_that_was_there_survives_a_failed_compilation(
 
 @pytest.mark.parametrize("policy", ["pi05", "pi0"])
 def test_the_control_damages_the_policy_and_heals_it(tiny: Callable[[str], Path], policy: str) -> None:
+    file = (tiny(policy) / "model.safetensors").read_bytes()
     module = load_checkpoint(tiny(policy)).policy
     before = {name: parameter.clone() for name, parameter in module.named_parameters()}
     probe = make_probes(module)[0]
@@ -112,6 +112,7 @@ def test_the_control_damages_the_policy_and_heals_it(tiny: Callable[[str], Path]
     assert relative_error(broken.values[-1], sound.values[-1]) > 1e-5
     assert np.array_equal(broken.keys, sound.keys), "only the last layer's values are damaged"
     assert all(torch.equal(before[name], parameter) for name, parameter in module.named_parameters())
+    assert (tiny(policy) / "model.safetensors").read_bytes() == file, "the weights are mapped from it"
 
 
 def test_probes_cover_every_trained_delay_and_several_lengths(tiny: Callable[[str], Path]) -> None:
@@ -137,3 +138,25 @@ def test_a_blind_gate_is_refused() -> None:
     gate = GateResult(name="fold", metric="m", value=0.0, limit=1.0, passed=True, control_failed=False)
     with pytest.raises(GateError, match="cannot tell"):
         refuse_failed([gate])
+
+
+def test_the_weights_are_let_go_before_the_engines_open(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At full size policy and engines do not fit into 24 GiB side by side."""
+    # In bfloat16, as a full-size checkpoint is: its float32 weights are in memory, not mapped from the file.
+    folder = Path(shutil.copytree(tiny("pi05"), tmp_path / "checkpoint"))
+    tensors = {key: t.bfloat16() for key, t in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors")
+    held = []
+
+    def count(c: Compilation) -> None:
+        held.append(sum(p.untyped_storage().nbytes() for p in c.checkpoint.policy.parameters()))
+        if len(held) == 2:
+            raise CheckpointError("far enough")
+
+    monkeypatch.setattr(pipeline, "STAGES", (pipeline.intake, count, *pipeline.STAGES[1:7], count))
+    with pytest.raises(CheckpointError, match="far enough"):
+        compile_bundle(new_compilation(folder, tmp_path / "bundle"))
+    assert held[0] > 1_000_000
+    assert held[1] == 0
