@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.toolchain.conftest import new_compilation
 
 from otau.runtime.errors import CheckpointError, GateError
