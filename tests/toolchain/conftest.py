@@ -9,16 +9,22 @@ from otau.toolchain.pipeline import Compilation, compile_bundle
 from otau.toolchain.targets import find_target
 from otau.training.random_checkpoint import write_random_checkpoint
 
-GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden"
 
+@pytest.fixture(scope="session")
+def new_compilation() -> Callable[..., Compilation]:
+    """What to compile, not begun."""
 
-def new_compilation(source: Path, out: Path, num_steps: int | None = None) -> Compilation:
-    target, precision = find_target("cpu", None)
-    return Compilation(source, out, target, precision, num_steps=num_steps)
+    def new(source: Path, out: Path, num_steps: int | None = None) -> Compilation:
+        target, precision = find_target("cpu", None)
+        return Compilation(source, out, target, precision, num_steps=num_steps)
+
+    return new
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Compilation]:
+def compiled(
+    tmp_path_factory: pytest.TempPathFactory, new_compilation: Callable[..., Compilation]
+) -> Callable[..., Compilation]:
     """Compile a checkpoint, once a session for each number of steps."""
     done: dict[tuple[Path, int | None], Compilation] = {}
 

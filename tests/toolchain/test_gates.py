@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,6 @@ import onnx_ir as ir
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.toolchain.conftest import new_compilation
 
 from otau.runtime.errors import CheckpointError, GateError
 from otau.runtime.spec import GateResult
@@ -20,6 +20,8 @@ from otau.toolchain.gate.parity import refuse_failed, relative_error
 from otau.toolchain.gate.probes import answer, damaged, make_probes
 from otau.toolchain.pipeline import Compilation, compile_bundle
 from otau.training.policies import load_checkpoint
+
+New = Callable[..., Compilation]
 
 
 def damage_weight(model: ir.Model) -> None:
@@ -45,6 +47,7 @@ def swap_keys_and_values(model: ir.Model) -> None:
 )
 def test_a_damaged_graph_leaves_no_bundle(
     tiny: Callable[[str], Path],
+    new_compilation: New,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     graph: str,
@@ -67,7 +70,7 @@ def test_a_damaged_graph_leaves_no_bundle(
 
 
 def test_the_fold_gate_sees_a_wrong_table(
-    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Callable[[str], Path], new_compilation: New, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exact = pipeline.DenoiseStep
 
@@ -84,6 +87,7 @@ def test_the_fold_gate_sees_a_wrong_table(
 def test_a_bundle_that_was_there_survives_a_failed_compilation(
     compiled: Callable[..., Compilation],
     tiny: Callable[[str], Path],
+    new_compilation: New,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -142,22 +146,27 @@ def test_a_blind_gate_is_refused() -> None:
 
 
 def test_the_weights_are_let_go_before_the_engines_open(
-    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Callable[[str], Path], new_compilation: New, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At full size policy and engines do not fit into 24 GiB side by side."""
     # In bfloat16, as a full-size checkpoint is: its float32 weights are in memory, not mapped from the file.
     folder = Path(shutil.copytree(tiny("pi05"), tmp_path / "checkpoint"))
     tensors = {key: t.bfloat16() for key, t in load_file(folder / "model.safetensors").items()}
     save_file(tensors, folder / "model.safetensors")
-    held = []
+    weights: set[int] = set()
 
-    def count(c: Compilation) -> None:
-        held.append(sum(p.untyped_storage().nbytes() for p in c.checkpoint.policy.parameters()))
-        if len(held) == 2:
-            raise CheckpointError("far enough")
+    def remember(c: Compilation) -> None:
+        weights.update(
+            parameter.untyped_storage().data_ptr() for parameter in c.checkpoint.policy.parameters()
+        )
 
-    monkeypatch.setattr(pipeline, "STAGES", (pipeline.intake, count, *pipeline.STAGES[1:7], count))
-    with pytest.raises(CheckpointError, match="far enough"):
+    def look_back(c: Compilation) -> None:
+        gc.collect()
+        tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
+        alive = {t.untyped_storage().data_ptr() for t in tensors if t.device.type == "cpu"} & weights
+        raise CheckpointError(f"{len(alive)} are alive")
+
+    monkeypatch.setattr(pipeline, "STAGES", (pipeline.intake, remember, *pipeline.STAGES[1:7], look_back))
+    with pytest.raises(CheckpointError, match="^0 are alive"):
         compile_bundle(new_compilation(folder, tmp_path / "bundle"))
-    assert held[0] > 1_000_000
-    assert held[1] == 0
+    assert len(weights) > 15

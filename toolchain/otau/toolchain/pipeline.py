@@ -190,13 +190,9 @@ def write(c: Compilation) -> None:
     save_file(c.checkpoint.statistics, c.writer.path / STATS_NAME)
     if c.tokenizer_json is not None:
         (c.writer.path / "tokenizer.json").write_text(c.tokenizer_json, encoding="utf-8")
+    # The weights are in the graphs' files now, and the engines need the memory.
+    c.checkpoint.policy.to("meta")
     c.models, c.program = {}, None
-    # The weights are in the graphs' files now, and the engines need the memory. Letting go of the objects is
-    # not enough: onnxscript's rewrite rules keep the last graph that they matched, weights and all.
-    for parameter in c.checkpoint.policy.parameters():
-        storage = parameter.untyped_storage()
-        if storage.resizable():
-            storage.resize_(0)
 
 
 def engine(c: Compilation) -> None:

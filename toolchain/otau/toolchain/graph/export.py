@@ -137,7 +137,28 @@ def _export(program: nn.Module, inputs: dict[str, Any], dynamic: dict[str, Any])
             verbose=False,
         )
     assert exported is not None
-    return exported.model
+    # A copy, because the exporter's own graph remembers every parameter of the policy, used in it or not.
+    model = exported.model.clone()
+    _detach_weights(model, program)
+    return model
+
+
+def _detach_weights(model: ir.Model, program: nn.Module) -> None:
+    """Let a graph read its weights from the program when they are asked for, instead of holding them.
+
+    onnxscript's rewrite rules keep the last graph that they matched for the life of the process; at full size
+    that is 13 GB. This way the weights go when the program lets go of them.
+    """
+    weights = program.state_dict().keys()
+    for name, value in model.graph.initializers.items():
+        if name in weights:
+            given = value.const_value
+            value.const_value = ir.LazyTensor(
+                lambda name=name: ir.tensor(program.state_dict()[name], name=name),
+                dtype=given.dtype,
+                shape=given.shape,
+                name=name,
+            )
 
 
 @contextmanager
