@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
-from otau.runtime.bundle import BundleWriter
+from otau.runtime.bundle_writer import BundleWriter
 from otau.runtime.manifest import manifest_fingerprint
 from otau.runtime.spec import (
     CameraSpec,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from otau.runtime import Bundle
-from otau.runtime.bundle import BundleWriter
+from otau.runtime.bundle_writer import BundleWriter
 from otau.runtime.errors import UsageError
 
 

@@ -13,7 +13,16 @@ from otau.runtime.errors import MissingDependencyError
 def bare_machine(monkeypatch):
     """A machine that has otau's own dependencies and nothing else."""
     real = diagnosis._version
-    own = {"msgspec", "numpy", "onnxruntime", "rich", "safetensors", "tokenizers", "typer"}
+    own = {
+        "msgspec",
+        "numpy",
+        "onnxruntime",
+        "rich",
+        "safetensors",
+        "tokenizers",
+        "typer",
+        "typing-extensions",
+    }
     monkeypatch.setattr(diagnosis, "_version", lambda name: real(name) if name in own else None)
     monkeypatch.setattr(diagnosis, "_output", lambda command: None)
 

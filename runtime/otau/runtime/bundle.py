@@ -1,17 +1,13 @@
-"""Bundles: a directory that is verified whenever it is opened and written whole or not at all."""
+"""Bundles: a directory that is verified whenever it is opened."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from types import TracebackType
 from typing import TYPE_CHECKING
 
-import msgspec
 import numpy as np
 
 from otau.runtime.errors import BundleError, MismatchError, UsageError, nearest_name
@@ -20,15 +16,13 @@ from otau.runtime.manifest import (
     MAX_MANIFEST_BYTES,
     STATS_NAME,
     decode_manifest,
-    encode_manifest,
-    manifest_fingerprint,
 )
 from otau.runtime.spec import FileSpec, Manifest, VectorSpec
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["Bundle", "BundleWriter"]
+__all__ = ["Bundle", "file_sha256"]
 
 _CHECKPOINT_FILES = ("train_config.json", "config.json", "hf_config.json", "model.safetensors", "latest")
 _HASH_CHUNK = 4 * 1024 * 1024
@@ -178,132 +172,6 @@ class Bundle:
         )
 
 
-class BundleWriter:
-    """Writes a bundle whole or not at all.
-
-    Entering makes a temporary directory `path` beside the destination (same file system, name
-    starting with a dot); the caller fills it, then calls `seal`, which hashes every file in it, writes
-    `manifest.json` and flushes everything to disk. Leaving the block then renames the directory to the
-    destination; a bundle that was there before is first renamed aside, put back should that rename
-    fail, and deleted only afterwards. Leaving by an exception, or without `seal`, deletes the
-    temporary directory and leaves the destination as it was.
-
-    Example:
-        with BundleWriter(out) as writer:
-            (writer.path / "prefix.onnx").write_bytes(model)
-            manifest = writer.seal(manifest)
-    """
-
-    def __init__(self, destination: str | os.PathLike[str]) -> None:
-        """Nothing is written before the block is entered.
-
-        Raises:
-            UsageError: The destination exists and is neither a bundle nor an empty directory, or its
-                parent is not a directory that can be made.
-        """
-        self.destination = Path(os.path.abspath(destination))
-        self._path: Path | None = None
-        self._sealed = False
-        self._check_destination()
-
-    @property
-    def path(self) -> Path:
-        """The temporary directory to write the bundle's files in."""
-        if self._path is None:
-            raise RuntimeError("a BundleWriter is used in a with block")
-        return self._path
-
-    def __enter__(self) -> BundleWriter:
-        """Makes the temporary directory."""
-        parent = self.destination.parent
-        try:
-            parent.mkdir(parents=True, exist_ok=True)
-            self._path = Path(tempfile.mkdtemp(prefix=f".{self.destination.name}.", dir=parent))
-            # mkdtemp makes it private; a bundle is as readable as any directory made here.
-            umask = os.umask(0)
-            os.umask(umask)
-            self._path.chmod(0o777 & ~umask)
-        except OSError as error:
-            raise UsageError(
-                "the bundle cannot be written there",
-                where=self.destination,
-                got=error,
-                fix="choose a directory that you may write to",
-            ) from error
-        return self
-
-    def seal(self, manifest: Manifest) -> Manifest:
-        """Lists and hashes every file written so far, and writes the manifest.
-
-        Args:
-            manifest: Complete but for `files` and `fingerprint`, which are replaced.
-
-        Returns:
-            The manifest as written.
-        """
-        files = {}
-        for file in sorted(self.path.rglob("*")):
-            if file.is_file() and file != self.path / MANIFEST_NAME:
-                name = file.relative_to(self.path).as_posix()
-                files[name] = FileSpec(bytes=file.stat().st_size, sha256=_sha256(file))
-                _flush(file)
-        manifest = msgspec.structs.replace(manifest, files=files, fingerprint="")
-        manifest = msgspec.structs.replace(manifest, fingerprint=manifest_fingerprint(manifest))
-        where = self.path / MANIFEST_NAME
-        data = encode_manifest(manifest)
-        decode_manifest(data, where)
-        where.write_bytes(data)
-        _flush(where)
-        _flush(self.path)
-        self._sealed = True
-        return manifest
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Puts the sealed bundle in its place, or removes what was written."""
-        try:
-            if error is None:
-                if not self._sealed:
-                    raise RuntimeError("a BundleWriter's block must call seal()")
-                self._move_into_place()
-        finally:
-            shutil.rmtree(self.path, ignore_errors=True)
-
-    def _move_into_place(self) -> None:
-        self._check_destination()
-        if not self.destination.exists():
-            self.path.rename(self.destination)
-        else:
-            aside = self.path.with_name(self.path.name + ".old")
-            self.destination.rename(aside)
-            try:
-                self.path.rename(self.destination)
-            except BaseException:
-                aside.rename(self.destination)
-                raise
-            shutil.rmtree(aside)
-        _flush(self.destination.parent)
-
-    def _check_destination(self) -> None:
-        """Only a bundle or an empty directory may be replaced."""
-        out = self.destination
-        if not out.exists() and not out.is_symlink():
-            return
-        if (
-            out.is_dir()
-            and not out.is_symlink()
-            and ((out / MANIFEST_NAME).is_file() or not any(out.iterdir()))
-        ):
-            return
-        raise UsageError(
-            "the destination exists and is not a bundle",
-            where=out,
-            expected="a new path, an empty directory, or a bundle to replace",
-            fix="choose another path, or remove it yourself",
-        )
-
-
 def _not_a_bundle(root: Path) -> UsageError:
     """Why `root` is not a bundle, and what to do."""
     if not root.exists():
@@ -383,7 +251,7 @@ def _verify(root: Path, name: str, spec: FileSpec) -> None:
     fix = "copy the bundle again, or compile the checkpoint again"
     try:
         size = path.stat().st_size
-        digest = _sha256(path) if size == spec.bytes else ""
+        digest = file_sha256(path) if size == spec.bytes else ""
     except OSError as error:
         raise BundleError("a file of the bundle cannot be read", where=path, got=error, fix=fix) from error
     if size != spec.bytes:
@@ -404,18 +272,10 @@ def _verify(root: Path, name: str, spec: FileSpec) -> None:
         )
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file in hex, read in pieces."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_HASH_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Forces a file or a directory's entries to disk, so that a power cut leaves no half bundle."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

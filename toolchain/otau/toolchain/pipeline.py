@@ -19,7 +19,7 @@ import onnx
 import onnx_ir as ir
 from safetensors.numpy import save_file
 
-from otau.runtime.bundle import BundleWriter
+from otau.runtime.bundle_writer import BundleWriter
 from otau.runtime.engines import Engine, engine_class
 from otau.runtime.errors import EngineError
 from otau.runtime.manifest import STATS_NAME
