@@ -47,7 +47,8 @@ def read_tokenizer(folder: Path, vocab: int) -> str:
             tokenizer = GemmaTokenizer.from_pretrained(str(folder)).backend_tokenizer
     except Exception as error:  # both libraries raise plain Exceptions
         raise CheckpointError("the tokenizer cannot be read", where=path, got=error) from None
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    # Without added tokens: transformers gives a Gemma tokenizer some that no prompt contains.
+    largest = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
     if largest >= vocab:
         raise CheckpointError(
             "the tokenizer has tokens that the policy does not know",

@@ -1,0 +1,78 @@
+"""Tokenizer folders of both kinds become the `tokenizer.json` that the runtime reads."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from tokenizers import Tokenizer
+from transformers import GemmaTokenizer
+
+from otau.runtime.errors import CheckpointError, UsageError
+from otau.toolchain.tokenizer import has_tokenizer, read_tokenizer
+from otau.training.tokenizer import train_tokenizer
+
+TEXTS = [
+    "Task: pick up the red block, State: 0 127 255;\n",
+    "öffne die Schublade\n",
+    "  two  spaces and a tab\t.",
+    "",
+]
+
+
+@pytest.fixture(scope="module")
+def gemma_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model with Gemma's settings: byte fallback, digits apart, whitespace kept."""
+    folder = tmp_path_factory.mktemp("gemma")
+    model = io.BytesIO()
+    lines = [f"Task: pick up the block {i}, State: {i} {i * 7 % 256};" for i in range(300)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        vocab_size=330,
+        model_type="bpe",
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return folder
+
+
+def test_a_sentencepiece_model_reads_as_transformers_reads_it(gemma_folder: Path) -> None:
+    ours = Tokenizer.from_str(read_tokenizer(gemma_folder, 330))
+    theirs = GemmaTokenizer.from_pretrained(gemma_folder)
+    assert ours.get_vocab_size(with_added_tokens=False) == 330, "not the handful of special tokens alone"
+    for text in TEXTS:
+        assert ours.encode(text, add_special_tokens=True).ids == theirs(text)["input_ids"]
+        assert ours.encode(text, add_special_tokens=False).ids == theirs.encode(
+            text, add_special_tokens=False
+        )
+
+
+def test_a_tokenizer_file_is_taken_as_it_is(tmp_path: Path) -> None:
+    train_tokenizer(512).save(str(tmp_path / "tokenizer.json"))
+    assert has_tokenizer(tmp_path)
+    ours = Tokenizer.from_str(read_tokenizer(tmp_path, 512))
+    assert ours.encode(TEXTS[0]).ids == train_tokenizer(512).encode(TEXTS[0]).ids
+
+
+def test_what_cannot_be_a_tokenizer_is_refused(tmp_path: Path, gemma_folder: Path) -> None:
+    assert not has_tokenizer(tmp_path)
+    with pytest.raises(UsageError, match="no tokenizer"):
+        read_tokenizer(tmp_path, 100)
+    with pytest.raises(CheckpointError, match="does not know"):
+        read_tokenizer(gemma_folder, 100)
+    for name in ("tokenizer.model", "tokenizer.json"):
+        (tmp_path / name).write_bytes(b"\x00garbage")
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            read_tokenizer(tmp_path, 100)
