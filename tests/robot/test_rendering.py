@@ -14,11 +14,13 @@ from otau.runtime.errors import MismatchError, MissingDependencyError, UsageErro
 def opengl(monkeypatch):
     """Set which OpenGL the machine has, and what the environment says."""
     monkeypatch.setenv("MUJOCO_GL", "")
-    monkeypatch.delenv("MUJOCO_EGL_DEVICE_ID", raising=False)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name in ("MUJOCO_EGL_DEVICE_ID", "CUDA_VISIBLE_DEVICES"):
+        # Set first: deleting what is not there would leave nothing to restore after the test sets it.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
 
     def have(*, egl=None, osmesa=False, asked=""):
-        monkeypatch.setattr(rendering, "_egl_device", lambda: egl)
+        monkeypatch.setattr(rendering, "_egl_devices", lambda: [] if egl is None else [str(egl)])
         monkeypatch.setattr(rendering, "_loads", lambda library: osmesa and "OSMesa" in library)
         monkeypatch.setenv("MUJOCO_GL", asked)
 
@@ -37,6 +39,13 @@ def test_the_device_of_a_visible_gpu_is_left_to_robosuite(opengl, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     assert choose_renderer() == "egl"
     assert "MUJOCO_EGL_DEVICE_ID" not in os.environ
+
+
+def test_a_device_that_is_not_there_is_refused(opengl, monkeypatch):
+    opengl(egl=0)
+    monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", "7")
+    with pytest.raises(UsageError, match="no such EGL device"):
+        choose_renderer()
 
 
 def test_osmesa_takes_over_and_says_so(opengl, caplog):

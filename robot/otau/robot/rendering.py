@@ -15,6 +15,7 @@ _LOG = logging.getLogger(__name__)
 _PACKAGES = {"egl": "libegl1 libgl1-mesa-dri", "osmesa": "libosmesa6"}
 """Debian packages of each back end."""
 
+_DEVICE = "MUJOCO_EGL_DEVICE_ID"
 _EGL_PLATFORM_DEVICE = 0x313F
 _MAX_DEVICES = 16
 
@@ -29,7 +30,7 @@ def choose_renderer() -> str:
         `egl` or `osmesa`.
 
     Raises:
-        UsageError: `MUJOCO_GL` names something that robosuite cannot draw with.
+        UsageError: `MUJOCO_GL` or `MUJOCO_EGL_DEVICE_ID` names something that robosuite cannot draw with.
         MissingDependencyError: The libraries are not there; the message names the packages.
     """
     asked = os.environ.get("MUJOCO_GL", "").lower().strip()
@@ -40,12 +41,12 @@ def choose_renderer() -> str:
             fix="unset MUJOCO_GL",
         )
     if asked != "osmesa":
-        device = _egl_device()
-        if device is not None:
+        devices = _egl_devices()
+        if devices:
             os.environ["MUJOCO_GL"] = "egl"
             if not os.environ.get("CUDA_VISIBLE_DEVICES"):
                 # robosuite takes the first device blindly, and fails on an empty CUDA_VISIBLE_DEVICES.
-                os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", str(device))
+                _check_device(os.environ.setdefault(_DEVICE, devices[0]), devices)
             return "egl"
     if asked != "egl" and _loads("libOSMesa.so.8"):
         if not asked:
@@ -59,19 +60,31 @@ def choose_renderer() -> str:
     )
 
 
-def _egl_device() -> int | None:
-    """Index of the first EGL device that initialises, or None.
+def _check_device(asked: str, devices: list[str]) -> None:
+    """Refuse a device that is not there: robosuite would do so with tracebacks out of its destructors."""
+    if asked not in devices:
+        raise UsageError(
+            "there is no such EGL device to draw on",
+            where=_DEVICE,
+            expected=" or ".join(devices),
+            got=asked,
+            fix=f"unset {_DEVICE}",
+        )
+
+
+def _egl_devices() -> list[str]:
+    """Indices of the EGL devices that initialise, as text.
 
     Asked through ctypes: importing PyOpenGL's EGL would settle the process on it, working or not.
     """
     if not _loads("libEGL.so.1"):
-        return None
+        return []
     egl = ctypes.CDLL("libEGL.so.1")
     egl.eglGetProcAddress.restype = ctypes.c_void_p
     query_address = egl.eglGetProcAddress(b"eglQueryDevicesEXT")
     display_address = egl.eglGetProcAddress(b"eglGetPlatformDisplayEXT")
     if not query_address or not display_address:
-        return None
+        return []
     query = ctypes.CFUNCTYPE(
         ctypes.c_uint, ctypes.c_int, ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_int)
     )(query_address)
@@ -82,12 +95,9 @@ def _egl_device() -> int | None:
     devices = (ctypes.c_void_p * _MAX_DEVICES)()
     count = ctypes.c_int()
     if not query(_MAX_DEVICES, devices, ctypes.byref(count)):
-        return None
-    for index in range(count.value):
-        display = get_display(_EGL_PLATFORM_DEVICE, devices[index], None)
-        if display and egl.eglInitialize(display, None, None):
-            return index
-    return None
+        return []
+    displays = [get_display(_EGL_PLATFORM_DEVICE, devices[index], None) for index in range(count.value)]
+    return [str(i) for i, shown in enumerate(displays) if shown and egl.eglInitialize(shown, None, None)]
 
 
 def _loads(library: str) -> bool:
