@@ -123,3 +123,15 @@ def test_a_bundle_is_as_readable_as_other_directories(make_bundle, tmp_path):
     (tmp_path / "plain").mkdir()
     out = make_bundle(tmp_path / "bundle")
     assert os.stat(out).st_mode == os.stat(tmp_path / "plain").st_mode
+
+
+def test_files_that_were_written_privately_are_as_readable_as_others(bundle, tmp_path):
+    manifest = Bundle.open(bundle).manifest
+    with BundleWriter(tmp_path / "new") as writer:
+        for name in manifest.files:
+            (writer.path / name).write_bytes((bundle / name).read_bytes())
+            (writer.path / name).chmod(0o600)
+        writer.seal(manifest)
+    (tmp_path / "plain").write_bytes(b"")
+    modes = {entry.stat().st_mode for entry in (tmp_path / "new").iterdir()}
+    assert modes == {(tmp_path / "plain").stat().st_mode}

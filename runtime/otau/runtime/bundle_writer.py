@@ -60,9 +60,7 @@ class BundleWriter:
             parent.mkdir(parents=True, exist_ok=True)
             self._path = Path(tempfile.mkdtemp(prefix=f".{self.destination.name}.", dir=parent))
             # mkdtemp makes it private; a bundle is as readable as any directory made here.
-            umask = os.umask(0)
-            os.umask(umask)
-            self._path.chmod(0o777 & ~umask)
+            self._path.chmod(0o777 & ~_umask())
         except OSError as error:
             raise UsageError(
                 "the bundle cannot be written there",
@@ -86,6 +84,8 @@ class BundleWriter:
             if file.is_file() and file != self.path / MANIFEST_NAME:
                 name = file.relative_to(self.path).as_posix()
                 files[name] = FileSpec(bytes=file.stat().st_size, sha256=file_sha256(file))
+                # Some writers make private files, safetensors' among them.
+                file.chmod(0o666 & ~_umask())
                 _flush(file)
         manifest = msgspec.structs.replace(manifest, files=files, fingerprint="")
         manifest = msgspec.structs.replace(manifest, fingerprint=manifest_fingerprint(manifest))
@@ -142,6 +142,13 @@ class BundleWriter:
             expected="a new path, an empty directory, or a bundle to replace",
             fix="choose another path, or remove it yourself",
         )
+
+
+def _umask() -> int:
+    """The permissions that this process takes away from new files; it can only be read by setting it."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def _flush(path: Path) -> None:
