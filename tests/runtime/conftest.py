@@ -145,6 +145,7 @@ def tiny_manifest(route: str = "prompt", tokenizer: bool = True) -> Manifest:
         kv_heads=1,
         head_dim=HEAD_DIM,
         image_tokens=1,
+        vocab=len(VOCABULARY),
         graphs={},
         gates=(
             GateResult(name="parity", metric="max", value=1e-7, limit=2e-6, passed=True, control_failed=True),

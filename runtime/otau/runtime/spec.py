@@ -169,6 +169,8 @@ class Manifest(_Record, frozen=True):
     head_dim: int
     image_tokens: int
     """Tokens a camera takes of the prefix."""
+    vocab: int
+    """Rows of the policy's token table; token ids are below it."""
     graphs: dict[str, GraphSpec]
     """`prefix`, `ingest` and `decoder`."""
     gates: tuple[GateResult, ...]
