@@ -25,13 +25,17 @@ if TYPE_CHECKING:
 __all__ = ["Bundle", "file_sha256"]
 
 _CHECKPOINT_FILES = ("train_config.json", "config.json", "hf_config.json", "model.safetensors", "latest")
+_CACHES = "engines/"
+"""Where files may lie that the manifest does not list."""
 _HASH_CHUNK = 4 * 1024 * 1024
 
 
 class Bundle:
     """An opened bundle, every file of which has been verified.
 
-    Files in the directory that the manifest does not list are never opened.
+    Files in the directory that the manifest does not list are refused, for a graph could name one of
+    them as its weights. Only below `engines/`, where caches may be built later, they may lie; they are
+    never opened.
 
     Attributes:
         path: The bundle's directory.
@@ -50,7 +54,8 @@ class Bundle:
         Raises:
             UsageError: `path` is no bundle.
             MismatchError: The manifest's schema version is not this otau's.
-            BundleError: The manifest or a listed file was changed, is missing, or lies outside.
+            BundleError: The manifest or a listed file was changed, is missing, or lies outside, or the
+                directory has a file that is not listed.
         """
         root = Path(path)
         if not (root / MANIFEST_NAME).is_file():
@@ -59,6 +64,7 @@ class Bundle:
         manifest = decode_manifest(_read_manifest(root), where)
         for name, spec in manifest.files.items():
             _verify(root, name, spec)
+        _refuse_unlisted(root, manifest)
         return cls(root, manifest)
 
     def file(self, name: str) -> Path:
@@ -269,6 +275,29 @@ def _verify(root: Path, name: str, spec: FileSpec) -> None:
             expected=f"SHA-256 {spec.sha256[:80]}",
             got=f"SHA-256 {digest}",
             fix=fix,
+        )
+
+
+def _refuse_unlisted(root: Path, manifest: Manifest) -> None:
+    """Refuses entries that were not verified."""
+    listed = {MANIFEST_NAME, *manifest.files}
+    # A link to a directory is fine where a listed file is reached by it.
+    parents = {str(parent) for name in listed for parent in PurePosixPath(name).parents}
+    strangers = []
+    for folder, directories, files in os.walk(root):
+        base = Path(folder)
+        linked = [name for name in directories if (base / name).is_symlink()]
+        names = [(base / name).relative_to(root).as_posix() for name in files + linked]
+        strangers += [name for name in names if name not in listed | parents]
+    strangers = sorted(name for name in strangers if not name.startswith(_CACHES))
+    if strangers:
+        shown = ", ".join(map(repr, strangers[:5]))
+        raise BundleError(
+            "the bundle's directory has files that its manifest does not list",
+            where=root,
+            expected=f"the listed files, and anything below {_CACHES}",
+            got=shown if len(strangers) <= 5 else f"{shown} and {len(strangers) - 5} more",
+            fix="remove them, or compile the checkpoint again",
         )
 
 

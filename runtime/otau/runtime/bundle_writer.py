@@ -13,6 +13,7 @@ import msgspec
 from otau.runtime.bundle import file_sha256
 from otau.runtime.errors import UsageError
 from otau.runtime.manifest import MANIFEST_NAME, decode_manifest, encode_manifest, manifest_fingerprint
+from otau.runtime.permissions import make_as_readable_as_others
 from otau.runtime.spec import FileSpec, Manifest
 
 __all__ = ["BundleWriter"]
@@ -59,8 +60,7 @@ class BundleWriter:
         try:
             parent.mkdir(parents=True, exist_ok=True)
             self._path = Path(tempfile.mkdtemp(prefix=f".{self.destination.name}.", dir=parent))
-            # mkdtemp makes it private; a bundle is as readable as any directory made here.
-            self._path.chmod(0o777 & ~_umask())
+            make_as_readable_as_others(self._path)
         except OSError as error:
             raise UsageError(
                 "the bundle cannot be written there",
@@ -84,8 +84,7 @@ class BundleWriter:
             if file.is_file() and file != self.path / MANIFEST_NAME:
                 name = file.relative_to(self.path).as_posix()
                 files[name] = FileSpec(bytes=file.stat().st_size, sha256=file_sha256(file))
-                # Some writers make private files, safetensors' among them.
-                file.chmod(0o666 & ~_umask())
+                make_as_readable_as_others(file)
                 _flush(file)
         manifest = msgspec.structs.replace(manifest, files=files, fingerprint="")
         manifest = msgspec.structs.replace(manifest, fingerprint=manifest_fingerprint(manifest))
@@ -142,13 +141,6 @@ class BundleWriter:
             expected="a new path, an empty directory, or a bundle to replace",
             fix="choose another path, or remove it yourself",
         )
-
-
-def _umask() -> int:
-    """The permissions that this process takes away from new files; it can only be read by setting it."""
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
 
 
 def _flush(path: Path) -> None:

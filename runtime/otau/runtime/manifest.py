@@ -8,6 +8,7 @@ fingerprint is the SHA-256 of the same encoding with an empty fingerprint.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from typing import Any, get_args, get_type_hints
 
@@ -32,6 +33,26 @@ GRAPHS = ("prefix", "ingest", "decoder")
 """The graphs that every bundle has."""
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 """Largest manifest that is read: a hundred times what a bundle of today needs."""
+_MAXIMA = {
+    "flow.num_steps": 1000,
+    "flow.chunk": 1024,
+    "flow.n_action_steps": 1024,
+    "prompt.max_length": 4096,
+    "state.max_dim": 1024,
+    "action.max_dim": 1024,
+    "kv_layers": 256,
+    "kv_heads": 256,
+    "head_dim": 1024,
+    "image_tokens": 4096,
+    "vocab": 2**21,
+    "the number of cameras": 16,
+    "the number of norm.heads": 4096,
+    "a camera's height": 1024,
+    "a camera's width": 1024,
+}
+"""Largest sizes: several times those of any policy known, and small enough that what the runtime itself
+makes of them for one observation (noise, pictures, placeholders, tokens) stays below half a gigabyte."""
+_MAX_EMPTY_CAMERAS = 16
 
 
 class _SchemaProbe(msgspec.Struct):
@@ -72,7 +93,8 @@ def decode_manifest(data: bytes, where: object) -> Manifest:
     Raises:
         MismatchError: The manifest has another schema version.
         BundleError: Not JSON, an unknown or missing key, a value of the wrong kind, values that
-            contradict each other, or bytes that are not the ones its fingerprint was made of.
+            contradict each other or are too large, gates that did not pass, or bytes that are not the
+            ones its fingerprint was made of.
     """
     try:
         schema = msgspec.json.decode(data, type=_SchemaProbe).schema
@@ -91,13 +113,26 @@ def decode_manifest(data: bytes, where: object) -> Manifest:
             "the bundle's manifest cannot be read", where=where, got=error, fix=_unknown_key_hint(str(error))
         ) from error
     _check_consistent(manifest, where)
-    if encode_manifest(manifest) != data or manifest_fingerprint(manifest) != manifest.fingerprint:
+    _check_gates(manifest, where)
+    fix = "compile the checkpoint again, or copy the bundle again from where it came"
+    fingerprint = manifest_fingerprint(manifest)
+    if fingerprint != manifest.fingerprint:
         raise BundleError(
             "the bundle's manifest was changed after it was written",
             where=where,
             expected=f"fingerprint {manifest.fingerprint[:80]}",
-            got=f"fingerprint {manifest_fingerprint(manifest)}",
-            fix="compile the checkpoint again, or copy the bundle again from where it came",
+            got=f"fingerprint {fingerprint}",
+            fix=fix,
+        )
+    canonical = encode_manifest(manifest)
+    if canonical != data:
+        raise BundleError(
+            "the bundle's manifest was changed after it was written: its values are the same, but not the"
+            " way they are written down",
+            where=where,
+            expected=f"{len(canonical)} bytes in otau's own formatting",
+            got=f"{len(data)} bytes, another one first at {len(os.path.commonprefix([canonical, data]))}",
+            fix=fix,
         )
     return manifest
 
@@ -129,32 +164,52 @@ def _check_consistent(manifest: Manifest, where: object) -> None:
         )
 
 
+def _check_gates(manifest: Manifest, where: object) -> None:
+    """Refuses a bundle that was not shown to be what it was compiled from."""
+    failed = [gate.name for gate in manifest.gates if not (gate.passed and gate.control_failed)]
+    if failed or not manifest.gates:
+        raise BundleError(
+            "the bundle did not pass its gates when it was compiled",
+            where=where,
+            expected="gates that passed, and that failed on a damaged weight",
+            got=f"not so: {', '.join(failed)}" if failed else "no gate",
+            fix="do not use this bundle; compile the checkpoint again",
+        )
+
+
 def _contradictions(manifest: Manifest) -> list[str]:
     """Every contradiction, in words."""
     found = []
     flow = manifest.flow
     sizes = {
-        "flow.num_steps": flow.num_steps,
-        "flow.chunk": flow.chunk,
-        "flow.n_action_steps": flow.n_action_steps,
-        "prompt.max_length": manifest.prompt.max_length,
-        "kv_layers": manifest.kv_layers,
-        "kv_heads": manifest.kv_heads,
-        "head_dim": manifest.head_dim,
-        "image_tokens": manifest.image_tokens,
-        "the number of cameras": len(manifest.cameras),
-        "the number of norm.heads": len(manifest.norm.heads),
+        "flow.num_steps": [flow.num_steps],
+        "flow.chunk": [flow.chunk],
+        "flow.n_action_steps": [flow.n_action_steps],
+        "prompt.max_length": [manifest.prompt.max_length],
+        "state.max_dim": [manifest.state.max_dim],
+        "action.max_dim": [manifest.action.max_dim],
+        "kv_layers": [manifest.kv_layers],
+        "kv_heads": [manifest.kv_heads],
+        "head_dim": [manifest.head_dim],
+        "image_tokens": [manifest.image_tokens],
+        "vocab": [manifest.vocab],
+        "the number of cameras": [len(manifest.cameras)],
+        "the number of norm.heads": [len(manifest.norm.heads)],
+        "a camera's height": [camera.height for camera in manifest.cameras],
+        "a camera's width": [camera.width for camera in manifest.cameras],
     }
-    for camera in manifest.cameras:
-        sizes[f"the height of camera {camera.name!r}"] = camera.height
-        sizes[f"the width of camera {camera.name!r}"] = camera.width
-    found += [f"{name} is {size}" for name, size in sizes.items() if size < 1]
+    for name, values in sizes.items():
+        found += [
+            f"{name} is {size}, not within 1..{_MAXIMA[name]}"
+            for size in values
+            if not 1 <= size <= _MAXIMA[name]
+        ]
     if flow.n_action_steps > flow.chunk:
         found.append(f"flow.n_action_steps {flow.n_action_steps} > flow.chunk {flow.chunk}")
     if not 0 <= flow.max_delay <= flow.chunk:
         found.append(f"flow.max_delay {flow.max_delay} is not within 0..{flow.chunk}")
-    if manifest.empty_cameras < 0:
-        found.append(f"empty_cameras is {manifest.empty_cameras}")
+    if not 0 <= manifest.empty_cameras <= _MAX_EMPTY_CAMERAS:
+        found.append(f"empty_cameras is {manifest.empty_cameras}, not within 0..{_MAX_EMPTY_CAMERAS}")
     if len({camera.name for camera in manifest.cameras}) != len(manifest.cameras):
         found.append("two cameras have the same name")
     if len({(camera.height, camera.width) for camera in manifest.cameras}) > 1:

@@ -50,6 +50,10 @@ class Observation:
     """(L,) bool, True for a real token."""
     dataset_index: int = 0
     """Row of the normalisation statistics."""
+    state_open_ids: np.ndarray | None = None
+    """(n,) int64 token ids before the state token, where the policy has one and the bundle no tokenizer."""
+    state_close_ids: np.ndarray | None = None
+    """(n,) int64 token ids after it."""
 
     def batch(self) -> ObservationBatch:
         """This observation as a batch of one."""
@@ -61,6 +65,8 @@ class Observation:
             tokens=None if self.tokens is None else np.asarray(self.tokens)[None],
             token_masks=None if self.token_masks is None else np.asarray(self.token_masks)[None],
             dataset_index=np.array([self.dataset_index], np.int64),
+            state_open_ids=None if self.state_open_ids is None else np.asarray(self.state_open_ids),
+            state_close_ids=None if self.state_close_ids is None else np.asarray(self.state_close_ids),
         )
 
 
@@ -78,13 +84,12 @@ def dummy_batch(manifest: Manifest, rng: np.random.Generator) -> ObservationBatc
     state = rng.standard_normal((1, manifest.state.dim), np.float32) * np.float32(0.1)
     if manifest.prompt.tokenizer is not None:
         return ObservationBatch(images, state, prompts=("do nothing in particular",))
-    # Small ids are in every vocabulary, also in a tiny test model's.
     length = manifest.prompt.max_length
-    ids = np.array([1, 2], np.int64) if manifest.prompt.state_open is not None else None
+    ids = np.arange(2, dtype=np.int64) % manifest.vocab if manifest.state_route == "prefix" else None
     return ObservationBatch(
         images,
         state,
-        tokens=1 + np.arange(length, dtype=np.int64)[None] % 64,
+        tokens=np.arange(length, dtype=np.int64)[None] % manifest.vocab,
         token_masks=np.ones((1, length), bool),
         state_open_ids=ids,
         state_close_ids=ids,

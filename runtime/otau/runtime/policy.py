@@ -13,8 +13,8 @@ from types import TracebackType
 import numpy as np
 
 from otau.runtime.bundle import Bundle
-from otau.runtime.engines import Engine, ResidentTensor, engine_class
-from otau.runtime.errors import BundleError, EngineError, UsageError
+from otau.runtime.engines import ENGINES, Engine, ResidentTensor, engine_class
+from otau.runtime.errors import BundleError, EngineError, MismatchError, UsageError, nearest_name
 from otau.runtime.observation import Observation, ObservationBatch
 from otau.runtime.prefix import KVCache, LocalPrefix, PrefixSource
 from otau.runtime.spec import Manifest
@@ -86,11 +86,11 @@ class Policy:
         Raises:
             UsageError: No bundle is there, or no engine has that name.
             BundleError: The bundle is damaged.
-            MismatchError: Its schema or target does not fit this machine.
+            MismatchError: Its schema, engine or target does not fit this machine or otau.
         """
         if not isinstance(bundle, Bundle):
             bundle = Bundle.open(bundle)
-        kind = engine_class(engine or bundle.manifest.engine)
+        kind = engine_class(engine) if engine is not None else _compiled_for(bundle)
         with ExitStack() as stack:
             engines = {}
             for name in bundle.manifest.graphs:
@@ -277,6 +277,20 @@ class Policy:
                 got=action_prefix.shape[1],
             )
         return {"action_prefix": rows, "delay": np.full(size, delays, np.int64)}
+
+
+def _compiled_for(bundle: Bundle) -> type[Engine]:
+    """The class of the engine that the bundle was compiled for."""
+    name = bundle.manifest.engine
+    if name not in ENGINES:
+        raise MismatchError(
+            "the bundle was compiled for an engine that this otau does not have",
+            where=bundle.path,
+            expected=", ".join(sorted(ENGINES)),
+            got=name,
+            fix=f"{nearest_name(name, ENGINES)}; compile again, or install the otau that wrote the bundle",
+        )
+    return engine_class(name)
 
 
 def _check_graph(bundle: Bundle, name: str, engine: Engine) -> None:

@@ -21,6 +21,7 @@ from otau.runtime.errors import UsageError, nearest_name
 from otau.runtime.images import pixels_from_image
 from otau.runtime.observation import ObservationBatch
 from otau.runtime.prompt import PromptEncoder, state_bins, state_text
+from otau.runtime.tokens import check_range, checked_ids, checked_tokens
 from otau.runtime.vectors import StateSpace
 
 __all__ = ["KVCache", "LocalPrefix", "PrefixSource"]
@@ -99,6 +100,12 @@ class LocalPrefix:
         if self._manifest.state_route == "prefix":
             inputs["state"] = state_tensor
             inputs["state_open"], inputs["state_close"] = self._state_texts(batch)
+        elif batch.state_open_ids is not None or batch.state_close_ids is not None:
+            raise UsageError(
+                "token ids around the state are given, but this policy has no state token in its prefix",
+                expected=f"no state_open_ids and state_close_ids: state_route {self._manifest.state_route}",
+                fix="leave them out",
+            )
         prepared = time.perf_counter()
         tensors = self._engine.run_resident(inputs)
         timings = {
@@ -157,8 +164,16 @@ class LocalPrefix:
 
     def _tokens(self, batch: ObservationBatch, normalised: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and masks (B, L): as given, or of the prompts."""
+        vocab = self._manifest.vocab
         if batch.tokens is not None:
-            return _checked_tokens(batch.tokens, batch.token_masks, len(normalised))
+            if batch.prompts is not None:
+                raise UsageError(
+                    "a prompt and token ids are given, but one would be ignored",
+                    got=f"prompt {batch.prompts[0]!r} and token ids" if batch.prompts else "both",
+                    fix="give either the text or lang_tokens with lang_masks",
+                )
+            tokens, masks = checked_tokens(batch.tokens, batch.token_masks, len(normalised))
+            return check_range(tokens, vocab, "the given token ids", masks), masks
         if batch.prompts is None:
             raise UsageError(
                 "the observation has no prompt", expected="a prompt, or token ids with their masks"
@@ -171,15 +186,22 @@ class LocalPrefix:
                 got=len(batch.prompts),
             )
         states = [state_text(bins) for bins in state_bins(normalised)]
-        return encoder.encode(batch.prompts, states)
+        tokens, masks = encoder.encode(batch.prompts, states)
+        return check_range(tokens, vocab, "the token ids that the bundle's tokenizer made", masks), masks
 
     def _state_texts(self, batch: ObservationBatch) -> tuple[np.ndarray, np.ndarray]:
         """Token ids around the state token: as given, or of the manifest's texts."""
-        if batch.state_open_ids is not None and batch.state_close_ids is not None:
-            return batch.state_open_ids, batch.state_close_ids
-        encoder = self._require_encoder("the texts around the state")
-        spec = self._manifest.prompt
-        return encoder.ids(spec.state_open or ""), encoder.ids(spec.state_close or "")
+        vocab, spec = self._manifest.vocab, self._manifest.prompt
+        given = (batch.state_open_ids, batch.state_close_ids)
+        if given[0] is None and given[1] is None:
+            encoder = self._require_encoder("the texts around the state")
+            given = (encoder.ids(spec.state_open or ""), encoder.ids(spec.state_close or ""))
+        if given[0] is None or given[1] is None:
+            raise UsageError(
+                "token ids are given for one side of the state only",
+                expected="state_open_ids and state_close_ids, or neither",
+            )
+        return checked_ids(given[0], vocab, "state_open_ids"), checked_ids(given[1], vocab, "state_close_ids")
 
     def _require_encoder(self, what: str) -> PromptEncoder:
         if self._encoder is None:
@@ -188,19 +210,3 @@ class LocalPrefix:
                 fix="give token ids, or compile again with --tokenizer DIR",
             )
         return self._encoder
-
-
-def _checked_tokens(tokens: np.ndarray, masks: np.ndarray | None, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids (B, L) int64 and masks (B, L) bool."""
-    if masks is None:
-        raise UsageError("token ids are given without their masks", expected="token_masks (B, L) bool")
-    if tokens.ndim != 2 or len(tokens) != size or tokens.shape != masks.shape or masks.dtype != np.bool_:
-        raise UsageError(
-            "token ids and masks do not fit each other or the state",
-            expected=f"integers and bools, both ({size}, L)",
-            got=f"{tokens.dtype} {tokens.shape} and {masks.dtype} {masks.shape}",
-        )
-    # ONNX counts a negative index from the end, so it would silently pick another token.
-    if tokens.dtype.kind not in "iu" or tokens.min(initial=0) < 0:
-        raise UsageError("token ids must be integers of 0 or more", got=tokens.dtype)
-    return tokens.astype(np.int64), masks

@@ -14,6 +14,7 @@ import numpy as np
 
 from otau.runtime.errors import UsageError, nearest_name
 from otau.runtime.observation import ObservationBatch
+from otau.runtime.permissions import make_as_readable_as_others
 from otau.runtime.spec import Manifest
 
 __all__ = ["RecordedInputs", "check_writable", "read_recorded", "write_tensors"]
@@ -126,10 +127,16 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     """Refuses a path that `write_tensors` could not write, before work is put into its contents.
 
     Raises:
-        UsageError: The path is a directory, or its directory is not there or not writable.
+        UsageError: The path is something else than a file, as a directory or a device, or its
+            directory is not there or not writable.
     """
     where = Path(path)
-    if where.is_dir() or not where.parent.is_dir() or not os.access(where.parent, os.W_OK):
+    # A rename would put a plain file in the place of a device or pipe.
+    if (
+        (where.exists() and not where.is_file())
+        or not where.parent.is_dir()
+        or not os.access(where.parent, os.W_OK)
+    ):
         raise UsageError(
             "the results cannot be saved there",
             where=where,
@@ -146,6 +153,7 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray
     from safetensors.numpy import save
 
     where = Path(path)
+    check_writable(where)
     data = save({name: np.ascontiguousarray(value) for name, value in tensors.items()})
     temporary = None
     try:
@@ -154,6 +162,7 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        make_as_readable_as_others(temporary)
         temporary.replace(where)
     except OSError as error:
         raise UsageError("the results cannot be saved there", where=where, got=error) from error
@@ -166,6 +175,11 @@ def _read_tensors(where: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The tensors and the metadata of a safetensors file."""
     from safetensors import SafetensorError, deserialize
 
+    if where.exists() and not where.is_file():
+        # A device may have no end, and a pipe may never have a beginning.
+        raise UsageError(
+            "the recorded file cannot be read: it is not a file", where=where, expected="a regular file"
+        )
     try:
         if where.stat().st_size > _MAX_BYTES:
             raise UsageError(

@@ -44,9 +44,13 @@ class StateSpace:
         return _checked_vector(state, (None, self.spec.dim), "state")
 
     def normalise(self, state: np.ndarray, head: np.ndarray) -> np.ndarray:
-        """Normalises (B, s) to (B, width of the statistics); dimensions that the robot lacks are raw 0."""
+        """Normalises (B, s) to (B, width of the statistics); dimensions that the robot lacks are raw 0.
+
+        Raises:
+            UsageError: A value is so large that it is not finite any more.
+        """
         width = self._normaliser.width or self.spec.dim
-        return self._normaliser.normalise(_zero_padded(state, width), head)
+        return _normalised(self._normaliser, _zero_padded(state, width), head)
 
     def tensor(self, normalised: np.ndarray) -> np.ndarray:
         """The graphs' tensor (B, S) of a normalised state."""
@@ -99,9 +103,10 @@ class ActionSpace:
                 got=actions.shape[1],
             )
         actions = actions.copy()
-        actions[..., self._relative] -= state[:, None, self._to_state]
+        with np.errstate(over="ignore"):  # found below
+            actions[..., self._relative] -= state[:, None, self._to_state]
         width = self._normaliser.width or self.spec.dim
-        normalised = self._normaliser.normalise(_zero_padded(actions, width), head)
+        normalised = _normalised(self._normaliser, _zero_padded(actions, width), head)
         rows = np.zeros((len(state), self._chunk, self.spec.max_dim), np.float32)
         rows[:, : actions.shape[1], :width] = normalised
         return rows
@@ -143,10 +148,24 @@ def _checked_vector(values: np.ndarray, shape: tuple[int | None, ...], name: str
             expected=f"numbers of shape ({wanted})",
             got=f"{values.dtype} of shape {values.shape}",
         )
-    values = values.astype(np.float32)
+    with np.errstate(over="ignore"):  # found right below
+        values = values.astype(np.float32)
     if not np.isfinite(values).all():
         raise UsageError(f"the {name} has values that are not finite", got=values.tolist())
     return values
+
+
+def _normalised(normaliser: Normaliser, values: np.ndarray, head: np.ndarray) -> np.ndarray:
+    """Normalised values, all finite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        normalised = normaliser.normalise(values, head)
+    if not np.isfinite(normalised).all():
+        raise UsageError(
+            f"the {normaliser.name} has values that are not finite once normalised",
+            expected="values of the size that the policy was trained with",
+            got=values.tolist(),
+        )
+    return normalised
 
 
 def _zero_padded(values: np.ndarray, width: int) -> np.ndarray:

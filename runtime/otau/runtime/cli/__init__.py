@@ -1,122 +1,103 @@
-"""The command `otau <verb>`; verbs are entry points of the group `otau.verbs`."""
+"""The command `otau <verb>`; verbs are entry points of the group `otau.verbs`.
+
+This module imports little, so that a signal finds its handlers in place almost from the start.
+"""
 
 from __future__ import annotations
 
-import functools
-import logging
+import os
+import signal
 import sys
 from collections.abc import Callable
-from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
-from typing import Annotated, Any
+from types import FrameType
 
-import typer
-
-from otau.runtime.errors import MissingDependencyError, OtauError, UsageError, nearest_name
+from otau.runtime.errors import OtauError
 
 __all__ = ["alias", "main"]
 
-_INTERRUPTED = 130
-"""Exit code after Ctrl-C, as the shell has it: 128 + SIGINT."""
+_FIRST_SIGNAL_CODE = 128
+"""A shell's exit code for a command that a signal ended is this plus the signal's number."""
 
 
 def main() -> None:
-    """The console script `otau`: loads the verb that is called, or all of them to list them."""
-    _start_logging()
-    verbs = {entry.name: entry for entry in entry_points(group="otau.verbs")}
-    called = sys.argv[1] if len(sys.argv) > 1 else ""
-    if called and not called.startswith("-") and called not in verbs:
-        _fail(UsageError("otau has no such verb", got=called, fix=nearest_name(called, verbs)))
-    app = _application("otau")
-    app.callback(epilog="`otau VERB --help` has an example of each.")(_root)
-    for name in [called] if called in verbs else sorted(verbs):
-        app.command(name)(_guarded(verbs[name]))
-    app(prog_name="otau")
+    """The console script `otau`."""
+
+    def start() -> None:
+        from otau.runtime.cli.application import run_otau
+
+        run_otau()
+
+    _run(start)
 
 
 def alias() -> None:
     """The console scripts `otau-<verb>`: the verb is in the name that the script was called by."""
-    _start_logging()
-    script = Path(sys.argv[0]).name
-    verb = script.removeprefix("otau-")
-    (entry,) = entry_points(group="otau.verbs", name=verb)
-    app = _application(script)
-    app.command(verb)(_guarded(entry))
-    app(prog_name=script)
+
+    def start() -> None:
+        from otau.runtime.cli.application import run_verb
+
+        script = Path(sys.argv[0]).name
+        run_verb(script.removeprefix("otau-"), script)
+
+    _run(start)
 
 
-def _application(name: str) -> typer.Typer:
-    # Plain help: markup would eat units in brackets, and break lines where the source does.
-    return typer.Typer(
-        name=name,
-        add_completion=False,
-        no_args_is_help=True,
-        pretty_exceptions_enable=False,
-        rich_markup_mode=None,
-    )
+def _run(start: Callable[[], None]) -> None:
+    """Runs a command, and turns errors and signals into a message and an exit code."""
+    received: list[int] = []
 
+    def stop(number: int, frame: FrameType | None) -> None:
+        """Raises, so that open blocks are left and temporary directories removed."""
+        received.append(number)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(_FIRST_SIGNAL_CODE + number)
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"otau {version('otau')}")
-        raise typer.Exit
-
-
-def _root(
-    show_version: Annotated[
-        bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
-    ] = False,
-) -> None:
-    """Compile vision-language-action policies into bundles and run the bundles on robots."""
-
-
-def _guarded(entry: EntryPoint) -> Callable[..., Any]:
-    """The verb's function, its errors turned into a message and an exit code."""
-    function = _load(entry)
-
-    @functools.wraps(function)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return function(*args, **kwargs)
-        except OtauError as error:
-            _fail(error)
-        except KeyboardInterrupt:
-            typer.echo("interrupted", err=True)
-            sys.exit(_INTERRUPTED)
-
-    return guarded
-
-
-def _load(entry: EntryPoint) -> Callable[..., Any]:
-    """The function behind a verb; for a plug-in that cannot be imported, one that says so.
-
-    The help of `otau` must list every verb, also where one plug-in is broken.
-    """
+    # What the parent ignores (as a shell does for a background job) stays ignored.
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
     try:
-        function: Callable[..., Any] = entry.load()
-    except (ImportError, AttributeError) as error:
-        problem = MissingDependencyError(
-            f"the verb {entry.name!r} cannot be loaded",
-            where=entry.value,
-            got=error,
-            fix="reinstall otau, or the plug-in that brings the verb",
-        )
+        for number in numbers:
+            signal.signal(number, stop)
+        _start_logging()
+        _run_and_flush(start)
+    except BaseException as error:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
+        # An import that is interrupted may end in another error, or in typer's own words.
+        if received and not (isinstance(error, SystemExit) and not error.code):
+            if received[0] == signal.SIGINT:
+                print("interrupted", file=sys.stderr)
+            sys.exit(_FIRST_SIGNAL_CODE + received[0])
+        if _is_closed_pipe(error):
+            # Nobody reads any more: the interpreter must not try to flush the rest either.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.exit(_FIRST_SIGNAL_CODE + signal.SIGPIPE)
+        if isinstance(error, OtauError):
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(error.exit_code)
+        raise
 
-        def unavailable() -> None:
-            raise problem
 
-        unavailable.__doc__ = f"Cannot be loaded: {error}."
-        return unavailable
-    return function
+def _run_and_flush(start: Callable[[], None]) -> None:
+    """Runs a command; what it printed is written now, while a failure can still be handled."""
+    try:
+        start()
+    except SystemExit:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        raise
 
 
-def _fail(error: OtauError) -> None:
-    """Prints the message, without a traceback, and exits with the code of its class."""
-    typer.echo(f"error: {error}", err=True)
-    sys.exit(error.exit_code)
+def _is_closed_pipe(error: BaseException) -> bool:
+    """Whether the reader of the output went away; rich and typer turn that into an exit with code 1."""
+    if isinstance(error, SystemExit):
+        return error.code == 1 and isinstance(error.__context__, BrokenPipeError)
+    return isinstance(error, BrokenPipeError)
 
 
 def _start_logging() -> None:
     """Warnings go to stderr: stdout is for results."""
+    import logging
+
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s: %(message)s")
