@@ -149,6 +149,20 @@ def test_the_robot_is_stopped_whatever_happens(failure):
     assert robot.phase == "over"
 
 
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), RuntimeError("first")])
+def test_a_robot_that_does_not_stop_hides_nothing(monkeypatch, caplog, failure):
+    robot = PointRobot(fail_at=(2, failure))
+
+    def stop():
+        raise OSError("the bus is gone")
+
+    monkeypatch.setattr(robot, "stop", stop)
+    with pytest.raises(type(failure)) as raised:
+        run_episode(robot, ConstantPolicy(), steps=9)
+    assert raised.value is failure
+    assert "could not be stopped: the bus is gone" in caplog.text
+
+
 def test_a_policy_that_fails_stops_the_robot():
     robot, policy = PointRobot(), ConstantPolicy(action=np.nan)
     with pytest.raises(UsageError, match="not finite"):

@@ -6,11 +6,12 @@ import subprocess
 import sys
 import zipfile
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from otau.robot import open_robot
+from otau.robot import libero, open_robot
 from otau.robot.conformance import RobotConformance
 from otau.robot.libero import LIBERO_SUITES, LiberoRobot
 from otau.robot.libero_files import libero_assets, load_init_states
@@ -139,6 +140,19 @@ def test_assets_are_looked_for_in_order(tmp_path, monkeypatch):
     assert libero_assets() == folders["variable"]
     monkeypatch.delenv("OTAU_LIBERO_ASSETS")
     assert libero_assets() == folders["home/.cache/libero/assets"]
+
+
+@needs_assets
+def test_a_robot_says_whether_its_assets_are_the_originals(monkeypatch):
+    named = os.environ["OTAU_LIBERO_ASSETS"]
+    with LiberoRobot("libero_object/0") as robot:
+        assert robot.spec.assets == str(Path(named).resolve())
+    monkeypatch.delenv("OTAU_LIBERO_ASSETS")
+    monkeypatch.setattr(libero, "libero_assets", lambda folder: Path(folder or named))
+    with LiberoRobot("libero_object/0", named) as robot:
+        assert robot.spec.assets == named
+    with LiberoRobot("libero_object/0") as robot:
+        assert robot.spec.assets == "hub"
 
 
 def test_without_assets_and_without_a_network_the_fix_is_named(tmp_path, monkeypatch):

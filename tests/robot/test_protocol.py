@@ -85,6 +85,10 @@ def test_a_task_and_options_reach_the_adapter(plug_in):
     with pytest.raises(UsageError, match="no option 'sped'") as refusal:
         open_robot("toy:a", sped=2)
     assert "did you mean 'speed'?" in refusal.value.fix
+    plug_in("toy", lambda task: task)
+    with pytest.raises(UsageError, match="no option 'sped'") as refusal:
+        open_robot("toy:a", sped=2)
+    assert refusal.value.fix == "leave it out"
 
 
 @pytest.mark.parametrize("failure", [ImportError("no module named toys"), AttributeError("no Toy")])

@@ -124,6 +124,20 @@ def test_placement_is_tried_again_where_objects_collide(monkeypatch):
             robot.act(np.zeros(7))
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_simulation_that_cannot_be_closed_hides_no_error(monkeypatch, error):
+    robot = RobosuiteRobot("Lift")
+    free = robot._env.close
+
+    def fail():
+        free()
+        raise OSError("no context")
+
+    monkeypatch.setattr(robot._env, "close", fail)
+    with pytest.raises(error), robot:
+        raise error
+
+
 def _play(outcomes):
     outcome = outcomes.pop(0)
     if outcome is not None:

@@ -5,6 +5,7 @@ import pty
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -40,6 +41,7 @@ def test_a_run_prints_one_document_and_films_a_moving_arm(otau, bundle, tmp_path
         "task": "Lift",
         "bundle": str(bundle),
         "prompt": "lift the red cube",
+        "assets": None,
         "seed": 4,
         "rate_hz": 20.0,
         "steps": 25,
@@ -101,6 +103,26 @@ def test_libero_runs_and_keeps_stdout_clean(otau, bundle):
     document = json.loads(done.stdout)
     assert (document["task"], document["steps"], document["chunks"]) == ("libero_spatial/0", 12, 2)
     assert document["prompt"].startswith("pick up the black bowl between")
+    assert document["assets"] == str(Path(os.environ["OTAU_LIBERO_ASSETS"]).resolve())
+
+
+@pytest.mark.parametrize(
+    ("assets", "line"),
+    [
+        ("hub", "assets    the originals, from the hub"),
+        ("/mine", "assets    /mine, which may not be the originals"),
+        (None, None),
+    ],
+)
+def test_a_run_for_people_says_where_its_assets_came_from(monkeypatch, capsys, assets, line):
+    document = {"robot": "libero", "task": "libero_object/0", "prompt": "go", "steps": 1, "rate_hz": 20.0}
+    document |= {"chunks": 1, "latency_ms": {"p50": 1.0, "p99": 1.0}, "success": True, "late_ticks": None}
+    monkeypatch.setattr(cli, "_drive", lambda *arguments: {**document, "video": None, "assets": assets})
+    cli.run(Path("bundle"), "libero:libero_object/0")
+    shown = capsys.readouterr().out
+    assert (line or "success") in shown
+    assert ("assets" in shown) == (line is not None)
+    assert ("published" in shown) == (assets == "/mine")
 
 
 @pytest.mark.parametrize(
@@ -110,13 +132,13 @@ def test_libero_runs_and_keeps_stdout_clean(otau, bundle):
         (["--robot", "robosuite:Lif"], 2, "did you mean 'Lift'?"),
         (["--robot", "libero:libero_objet/0"], 2, "did you mean 'libero_object'?"),
         (["--robot", "libero:libero_object/0", "--libero-assets", "."], 2, "no folder of LIBERO assets"),
-        (["--robot", "robosuite:Lift", "--libero-assets", "."], 2, "no option 'assets'"),
+        (["--robot", "robosuite:Lift", "--libero-assets", "."], 2, "--libero-assets is for LIBERO"),
         (["--robot", "robosuite:Lift", "--steps", "0"], 2, "steps"),
         ([], 2, "--robot"),
     ],
 )
 def test_mistakes_are_told_without_a_traceback(otau, bundle, arguments, code, message):
-    done = otau("run", bundle, *arguments)
+    done = otau("run", bundle, *arguments, "--json")
     assert done.returncode == code
     assert message in done.stderr
     assert "Traceback" not in done.stderr

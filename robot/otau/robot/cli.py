@@ -73,11 +73,19 @@ def _drive(
 ) -> dict[str, Any]:
     """Run the episode and say what happened; whatever does not fit is refused before anything moves."""
     from otau.robot.episode import run_episode
-    from otau.robot.registry import open_robot
+    from otau.robot.registry import open_robot, robot_names
     from otau.robot.video import VideoWriter
     from otau.runtime import Bundle, Policy
     from otau.runtime.errors import UsageError
 
+    name, _, task = target.partition(":")
+    if "assets" in options and name != "libero" and name in robot_names():
+        raise UsageError(
+            "--libero-assets is for LIBERO only",
+            where=f"--robot {target}",
+            expected="--robot libero:SUITE/TASK",
+            fix="leave --libero-assets out",
+        )
     bundle = Bundle.open(bundle_path)
     with ExitStack() as stack:
         robot = stack.enter_context(open_robot(target, **options))
@@ -109,10 +117,11 @@ def _drive(
             on_step=stack.enter_context(_progress(limit)),
         )
     return {
-        "robot": target.partition(":")[0],
-        "task": target.partition(":")[2],
+        "robot": name,
+        "task": task,
         "bundle": str(bundle_path),
         "prompt": spec.prompt if prompt is None else prompt,
+        "assets": spec.assets,
         "seed": seed,
         "rate_hz": spec.rate,
         "steps": result.steps,
@@ -149,6 +158,11 @@ def _summary(document: dict[str, Any]) -> str:
         f"latency   p50 {latency['p50']:.1f} ms, p99 {latency['p99']:.1f} ms a chunk",
         f"success   {success}",
     ]
+    if document["assets"] == "hub":
+        lines.append("assets    the originals, from the hub")
+    elif document["assets"] is not None:
+        lines.append(f"assets    {document['assets']}, which may not be the originals:")
+        lines.append("          compare success measured with them with each other, not with published rates")
     if document["late_ticks"] is not None:
         lines.append(f"late      {document['late_ticks']} ticks")
     if document["video"] is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from otau.runtime import Observation, Policy
 
 __all__ = ["EpisodeResult", "run_episode"]
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +105,13 @@ def run_episode(
                 break
             if pace is not None:
                 pace.wait()
-    finally:
-        robot.stop()
+    except BaseException:
+        try:
+            robot.stop()
+        except Exception as failure:  # must be known, and must not hide what came first
+            _LOG.error("the robot could not be stopped: %s", failure)
+        raise
+    robot.stop()
     if on_frame is not None:
         on_frame(robot.observe().images)
     late = None if pace is None else pace.late

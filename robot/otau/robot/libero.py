@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from otau.robot.libero_files import import_libero, libero_assets, load_init_states
+from otau.robot.libero_files import ASSETS_VARIABLE, import_libero, libero_assets, load_init_states
 from otau.robot.panda import PandaRobot, panda_spec
 from otau.robot.simulator import require_package
 from otau.runtime.errors import MissingDependencyError, UsageError, nearest_name
@@ -52,14 +52,16 @@ class LiberoRobot(PandaRobot):
                 where="--robot libero:SUITE/TASK",
                 fix=nearest_name(suite, LIBERO_SUITES),
             )
-        self._assets = libero_assets(assets)
+        named = assets or os.environ.get(ASSETS_VARIABLE)
+        self._assets = libero_assets(named)
         tasks = import_libero(self._assets).benchmark.task_maps[suite]
         _warn_of_unfaithful_mujoco()
         found = tasks[_task_name(suite, which, list(tasks))]
         package = require_package("libero") / "libero"
         self._definition = package / "bddl_files" / suite / found.bddl_file
         self._init_states = load_init_states(package / "init_files" / suite / found.init_states_file)
-        super().__init__(panda_spec(f"libero:{task}", found.language, LIBERO_SUITES[suite]))
+        origin = str(self._assets) if named else "hub"
+        super().__init__(panda_spec(f"libero:{task}", found.language, LIBERO_SUITES[suite], origin))
 
     def _make(self) -> Any:
         from libero.libero.envs import OffScreenRenderEnv

@@ -19,6 +19,7 @@ from types import ModuleType
 
 import numpy as np
 
+from otau.robot.interrupts import interrupts_deferred
 from otau.robot.simulator import import_robosuite, require_package
 from otau.runtime.errors import MismatchError, MissingDependencyError, UsageError
 
@@ -47,7 +48,7 @@ def import_libero(assets: Path) -> ModuleType:
     """
     import_robosuite()
     package = require_package("libero")
-    with _config(package / "libero"):
+    with interrupts_deferred(), _config(package / "libero"):
         try:
             libero = importlib.import_module("libero.libero")
             importlib.import_module("libero.libero.benchmark")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import abc
+import atexit
 import contextlib
+import logging
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
+from otau.robot.interrupts import interrupts_deferred
 from otau.robot.protocol import ActionLayout, CameraView, RobotSpec, StateLayout, StepResult
 from otau.robot.simulator import import_robosuite, seeded
 from otau.runtime import Observation
@@ -44,16 +47,19 @@ _ACTION = ActionLayout(
 
 _PLACEMENT_TRIES = 10
 
+_LOG = logging.getLogger(__name__)
+
 _Phase = Literal["idle", "running", "over", "closed"]
 
 
-def panda_spec(name: str, prompt: str, max_steps: int) -> RobotSpec:
+def panda_spec(name: str, prompt: str, max_steps: int, assets: str | None = None) -> RobotSpec:
     """The spec that every task of the simulated Panda shares.
 
     Args:
         name: Adapter and task.
         prompt: The task in words.
         max_steps: Actions of an episode.
+        assets: As in `RobotSpec`.
     """
     return RobotSpec(
         name=name,
@@ -64,6 +70,7 @@ def panda_spec(name: str, prompt: str, max_steps: int) -> RobotSpec:
         prompt=prompt,
         simulated=True,
         max_steps=max_steps,
+        assets=assets,
     )
 
 
@@ -91,7 +98,16 @@ class PandaRobot(abc.ABC):
         self._spec = spec
         self._phase: _Phase = "idle"
         self._steps = 0
-        self._env = _placed(self._make)
+        # Closed at the latest when the process ends, and before EGL is: of a context that outlives EGL,
+        # robosuite's destructors print tracebacks. The last to be registered with atexit is called first.
+        self._env: Any = None
+        try:
+            with interrupts_deferred():
+                self._env = _placed(self._make)
+                atexit.register(self.close)
+        except KeyboardInterrupt:
+            self.close()
+            raise
 
     @abc.abstractmethod
     def _make(self) -> Any:
@@ -114,7 +130,7 @@ class PandaRobot(abc.ABC):
         """
         self._require("idle", "running", "over")
         self._phase = "idle"
-        with seeded(seed):
+        with seeded(seed), interrupts_deferred():
             self._begin(seed)
         self._steps = 0
         self._phase = "running"
@@ -162,9 +178,13 @@ class PandaRobot(abc.ABC):
 
     def close(self) -> None:
         """Free the simulation and its OpenGL context."""
-        if self._phase != "closed":
+        if self._phase == "closed":
+            return
+        with interrupts_deferred():
             self._phase = "closed"
-            self._env.close()
+            atexit.unregister(self.close)
+            if self._env is not None:
+                self._env.close()
 
     def __enter__(self) -> Self:
         """The robot itself."""
@@ -173,9 +193,14 @@ class PandaRobot(abc.ABC):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop and close."""
-        self.stop()
-        self.close()
+        """Stop and close; what fails in that does not hide the error that led here."""
+        try:
+            self.stop()
+            self.close()
+        except Exception:
+            if error is None:
+                raise
+            _LOG.debug("closing the simulation failed", exc_info=True)
 
     def _draw(self, camera: str) -> np.ndarray:
         """(256, 256, 3) uint8, turned by 180 degrees."""

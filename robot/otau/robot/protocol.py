@@ -96,6 +96,9 @@ class RobotSpec:
     """Whether time passes in `act` alone, by 1 / rate a call, so that the world waits for the policy."""
     max_steps: int | None
     """Actions after which an episode has failed; None where nothing ends it."""
+    assets: str | None = None
+    """Where a simulation's meshes and textures come from, where they may be others than the original
+    ones, which makes success rates incomparable: `hub` for the originals, else a folder."""
 
 
 @dataclasses.dataclass(frozen=True)

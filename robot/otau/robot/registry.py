@@ -48,6 +48,8 @@ def open_robot(target: str, **options: object) -> Robot:
     for option in options:
         if option not in accepted:
             raise UsageError(
-                f"the robot {name!r} has no option {option!r}", fix=nearest_name(option, accepted)
+                f"the robot {name!r} has no option {option!r}",
+                where=f"open_robot({target!r})",
+                fix=nearest_name(option, accepted) if accepted else "leave it out",
             )
     return adapter(task, **options)

@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
+from otau.robot.interrupts import interrupts_deferred
 from otau.robot.rendering import choose_renderer
 from otau.runtime.errors import MismatchError, MissingDependencyError
 
@@ -40,7 +41,8 @@ def import_robosuite() -> ModuleType:
         raise MismatchError("this robosuite does not fit", expected="1.4.0", got=found, fix=_INSTALL)
     choose_renderer()
     _quieten(package)
-    with warnings.catch_warnings():
+    # Deferred: a bare `except` in its wrappers swallows Ctrl-C.
+    with interrupts_deferred(), warnings.catch_warnings():
         # Its __init__ logs with the deprecated Logger.warn.
         warnings.filterwarnings("ignore", "The 'warn' method is deprecated", DeprecationWarning)
         try:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from otau.robot.interrupts import interrupts_deferred
 from otau.runtime.errors import MissingDependencyError, UsageError
 
 if TYPE_CHECKING:
@@ -66,9 +67,10 @@ class VideoWriter:
                 the same size.
         """
         picture = side_by_side(images)
-        if self._stream is None:
-            self._open(*picture.shape[:2])
-        self._mux(self._av.VideoFrame.from_ndarray(picture, format="rgb24"))
+        with interrupts_deferred():  # else it could leave a file without a stream
+            if self._stream is None:
+                self._open(*picture.shape[:2])
+            self._mux(self._av.VideoFrame.from_ndarray(picture, format="rgb24"))
 
     def __enter__(self) -> Self:
         """The writer itself."""
