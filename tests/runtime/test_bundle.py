@@ -11,12 +11,12 @@ import pytest
 
 from otau.runtime import Bundle
 from otau.runtime.errors import BundleError, MismatchError, UsageError
-from otau.runtime.manifest import MAX_MANIFEST_BYTES, encode_manifest, manifest_fingerprint
+from otau.runtime.manifest import MAX_MANIFEST_BYTES, decode_manifest, encode_manifest, manifest_fingerprint
 
 
 def reseal(bundle, **changes):
     """Rewrites the manifest as someone who knows the format would, without looking at the files."""
-    manifest = Bundle.open(bundle).manifest
+    manifest = decode_manifest((bundle / "manifest.json").read_bytes(), bundle)
     manifest = msgspec.structs.replace(manifest, **changes)
     manifest = msgspec.structs.replace(manifest, fingerprint=manifest_fingerprint(manifest))
     (bundle / "manifest.json").write_bytes(encode_manifest(manifest))
@@ -95,15 +95,16 @@ def test_a_linked_directory_that_leaves_the_bundle_is_refused(bundle, tmp_path):
     (tmp_path / "far").mkdir()
     (tmp_path / "far/file").write_bytes((bundle / "README.md").read_bytes())
     (bundle / "near").symlink_to(tmp_path / "far")
-    files = Bundle.open(bundle).manifest.files
+    files = decode_manifest((bundle / "manifest.json").read_bytes(), bundle).files
     reseal(bundle, files=files | {"near/file": files["README.md"]})
     with pytest.raises(BundleError, match="outside"):
         Bundle.open(bundle)
 
 
 def test_a_link_inside_the_bundle_is_fine(bundle):
-    (bundle / "README.md").rename(bundle / "card")
-    (bundle / "README.md").symlink_to("card")
+    (bundle / "engines").mkdir()
+    (bundle / "README.md").rename(bundle / "engines/card")
+    (bundle / "README.md").symlink_to("engines/card")
     Bundle.open(bundle)
 
 
@@ -127,9 +128,48 @@ def test_a_manifest_of_unbounded_size_is_refused(bundle):
         Bundle.open(bundle)
 
 
-def test_an_unlisted_file_is_left_alone(bundle):
-    (bundle / "notes.txt").write_text("mine")
+@pytest.mark.parametrize("name", ["notes.txt", "deep/er/weights.data", ".hidden", "engines"])
+def test_an_unlisted_file_is_refused(bundle, name):
+    (bundle / name).parent.mkdir(parents=True, exist_ok=True)
+    (bundle / name).write_text("mine")
+    with pytest.raises(BundleError, match=f"does not list(.|\n)*'{name}'(.|\n)*remove them"):
+        Bundle.open(bundle)
+
+
+def test_an_unlisted_link_to_a_directory_or_nowhere_is_refused(bundle, tmp_path):
+    (tmp_path / "far").mkdir()
+    for target in ("far", "nowhere"):
+        (bundle / "link").symlink_to(tmp_path / target)
+        with pytest.raises(BundleError, match="does not list(.|\n)*'link'"):
+            Bundle.open(bundle)
+        (bundle / "link").unlink()
+
+
+def test_of_many_unlisted_files_some_are_named(bundle):
+    for index in range(8):
+        (bundle / f"extra{index}").touch()
+    with pytest.raises(BundleError, match="'extra4' and 3 more"):
+        Bundle.open(bundle)
+
+
+def test_engine_caches_may_be_built_later(bundle):
+    (bundle / "engines/cpu").mkdir(parents=True)
+    (bundle / "engines/cpu/plan").write_text("built later")
     Bundle.open(bundle)
+
+
+@pytest.mark.parametrize("changes", [{"passed": False}, {"control_failed": False}])
+def test_a_bundle_whose_gates_did_not_pass_is_refused(bundle, changes):
+    (gate,) = Bundle.open(bundle).manifest.gates
+    reseal(bundle, gates=(msgspec.structs.replace(gate, **changes),))
+    with pytest.raises(BundleError, match="did not pass its gates(.|\n)*parity"):
+        Bundle.open(bundle)
+
+
+def test_a_bundle_without_gates_is_refused(bundle):
+    reseal(bundle, gates=())
+    with pytest.raises(BundleError, match="no gate"):
+        Bundle.open(bundle)
 
 
 def test_what_is_not_a_bundle_is_a_mistake_of_usage(tmp_path, bundle):

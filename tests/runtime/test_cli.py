@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -161,28 +160,110 @@ def test_a_damaged_bundle_exits_by_the_class_of_its_error(bundle, tmp_path):
     assert not out.exists()
 
 
-def test_ctrl_c_exits_as_the_shell_expects(bundle, tmp_path):
-    # A recording that never comes: a pipe that nobody writes to.
-    os.mkfifo(tmp_path / "pipe")
+SLOW = """
+import pathlib, sys, tempfile, time
+
+def wait():
+    with tempfile.TemporaryDirectory() as folder:
+        print(folder, flush=True)
+        time.sleep(60)
+
+if {at_import}:
+    wait()
+
+def slow():
+    wait()
+
+def talk():
+    for line in range(100_000):
+        print("line", line)
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path):
+    """Verbs of another package: `slow` waits in a temporary directory, `talk` has much to say."""
+
+    def install(*, at_import):
+        package = tmp_path / "plugin"
+        (package / "otau_slow-0.dist-info").mkdir(parents=True)
+        (package / "otau_slow.py").write_text(SLOW.replace("{at_import}", str(at_import)))
+        (package / "otau_slow-0.dist-info/METADATA").write_text("Name: otau-slow\nVersion: 0\n")
+        (package / "otau_slow-0.dist-info/entry_points.txt").write_text(
+            "[otau.verbs]\nslow = otau_slow:slow\ntalk = otau_slow:talk\n"
+        )
+        return {**os.environ, "PYTHONPATH": str(package)}
+
+    return install
+
+
+@pytest.mark.parametrize("at_import", [False, True])
+@pytest.mark.parametrize(
+    ("number", "code", "words"), [(signal.SIGINT, 130, "interrupted\n"), (signal.SIGTERM, 143, "")]
+)
+def test_a_signal_exits_as_the_shell_expects_and_cleans_up(plugin, number, code, words, at_import):
     process = subprocess.Popen(
-        [BIN / "otau", "infer", bundle, "--inputs", tmp_path / "pipe"],
+        [BIN / "otau", "slow"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env=plugin(at_import=at_import),
     )
-    fd = None
-    deadline = time.monotonic() + 60
-    while fd is None and time.monotonic() < deadline:
-        try:  # opens only once the process has the other end open, that is, waits in the verb
-            fd = os.open(tmp_path / "pipe", os.O_WRONLY | os.O_NONBLOCK)
-        except OSError:
-            time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    folder = Path(process.stdout.readline().strip())
+    assert folder.is_dir()
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    os.close(fd)
-    assert process.returncode == 130, err
-    assert err.strip() == "interrupted"
-    assert out == ""
+    assert (process.returncode, out, err) == (code, "", words)
+    assert not folder.exists()
+
+
+def test_a_signal_while_the_command_line_itself_is_imported(tmp_path):
+    # A typer that takes its time stands for a slow disk.
+    (tmp_path / "typer.py").write_text("import time\nprint('here', flush=True)\ntime.sleep(60)\n")
+    process = subprocess.Popen(
+        [BIN / "otau", "--help"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "interrupted\n")
+
+
+def test_the_entry_point_does_not_wait_for_typer_before_signals_are_caught():
+    code = "import sys, otau.runtime.cli; print('typer' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+@pytest.mark.parametrize("verb", ["talk", "inspect", "inspect --json"])
+def test_a_reader_that_goes_away_is_no_error(plugin, bundle, verb):
+    arguments = verb.split()
+    arguments[1:1] = [bundle] if verb.startswith("inspect") else []
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [BIN / "otau", *arguments],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=plugin(at_import=False),
+        timeout=60,
+        check=False,
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_infer_warns_of_nothing_when_it_refuses_a_huge_state(bundle, recording):
+    tensors = load_file(recording) | {"inputs/state": np.full((2, 3), 3e38, np.float32)}
+    save_file(tensors, recording)
+    done = otau("infer", bundle, "--inputs", recording)
+    refused(done, 2, "not finite")
+    assert "Warning" not in done.stderr
 
 
 def test_inspect_shows_a_bundle(bundle):

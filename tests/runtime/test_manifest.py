@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from otau.runtime.errors import BundleError, MismatchError, OtauError
 from otau.runtime.manifest import decode_manifest, encode_manifest, manifest_fingerprint
+from otau.runtime.spec import CameraSpec
 
 FUZZ = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 
@@ -35,9 +36,10 @@ def test_every_changed_byte_is_noticed(manifest, data):
 
 
 @pytest.mark.parametrize("rewrite", [lambda raw: raw + b" ", lambda raw: raw[:-1], lambda raw: b"\n" + raw])
-def test_other_white_space_is_noticed(manifest, rewrite):
-    with pytest.raises(BundleError, match="was changed"):
+def test_other_white_space_is_noticed_and_told_from_other_values(manifest, rewrite):
+    with pytest.raises(BundleError, match="was changed(.|\n)*values are the same") as caught:
         decode_manifest(rewrite(encode_manifest(manifest)), "here")
+    assert "fingerprint" not in str(caught.value)
 
 
 def test_a_manifest_that_was_edited_and_formatted_alike_is_noticed(manifest):
@@ -117,6 +119,10 @@ def test_a_number_that_json_cannot_hold_is_refused_when_writing(manifest):
         encode_manifest(msgspec.structs.replace(manifest, gates=(gate,)))
 
 
+def camera(name, height=8, width=8):
+    return CameraSpec(name=name, height=height, width=width)
+
+
 def nested(record, field, **fields):
     return {field: msgspec.structs.replace(getattr(record, field), **fields)}
 
@@ -135,6 +141,21 @@ def nested(record, field, **fields):
         (lambda m: {"cameras": ()}, "cameras is 0"),
         (lambda m: {"cameras": m.cameras + m.cameras}, "same name"),
         (lambda m: {"empty_cameras": -1}, "empty_cameras"),
+        (lambda m: {"empty_cameras": 17}, r"empty_cameras is 17, not within 0\.\.16"),
+        (lambda m: {"cameras": tuple(camera(f"c{i}") for i in range(17))}, "number of cameras is 17"),
+        (lambda m: {"cameras": (camera("c", height=1025),)}, "height is 1025"),
+        (lambda m: {"cameras": (camera("c", width=10**9),)}, "width is 1000000000"),
+        (lambda m: nested(m, "flow", chunk=1025), r"flow\.chunk is 1025, not within 1\.\.1024"),
+        (lambda m: nested(m, "flow", num_steps=1001), "num_steps is 1001"),
+        (lambda m: nested(m, "prompt", max_length=4097), "max_length is 4097"),
+        (lambda m: nested(m, "state", max_dim=1025), "state.max_dim is 1025"),
+        (lambda m: nested(m, "action", max_dim=1025), "action.max_dim is 1025"),
+        (lambda m: {"kv_layers": 257}, "kv_layers is 257"),
+        (lambda m: {"kv_heads": 257}, "kv_heads is 257"),
+        (lambda m: {"head_dim": 1025}, "head_dim is 1025"),
+        (lambda m: {"image_tokens": 4097}, "image_tokens is 4097"),
+        (lambda m: {"vocab": 0}, "vocab is 0"),
+        (lambda m: {"vocab": 2**21 + 1}, "vocab is 2097153"),
         (
             lambda m: {"cameras": (m.cameras[0], msgspec.structs.replace(m.cameras[1], height=9))},
             "several sizes",

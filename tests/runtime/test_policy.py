@@ -10,7 +10,7 @@ import pytest
 
 from otau.runtime import Observation, Policy
 from otau.runtime.bundle import Bundle
-from otau.runtime.errors import BundleError, EngineError, UsageError
+from otau.runtime.errors import BundleError, EngineError, MismatchError, UsageError
 from otau.runtime.observation import ObservationBatch, dummy_batch
 
 CHUNK, MAX_ACTION = 5, 4
@@ -39,6 +39,15 @@ def observation(**changes):
         "prompt": "pick up",
     }
     return Observation(**(fields | changes))
+
+
+def ids(tokens, masks=None):
+    tokens = np.asarray(tokens)
+    return {
+        "prompt": "",
+        "tokens": tokens,
+        "token_masks": np.ones(len(tokens), bool) if masks is None else masks,
+    }
 
 
 def raw_actions(normalised, state):
@@ -153,6 +162,48 @@ def test_a_state_in_the_prefix_goes_between_its_texts(make_bundle, tmp_path):
         np.testing.assert_allclose(row, [0.04, 0.07, 1, 0.07], atol=1e-5)
 
 
+def test_a_state_in_the_prefix_goes_between_ids_without_a_tokenizer(make_bundle, tmp_path):
+    texts = {"state_open_ids": [4], "state_close_ids": [7, 0]}
+    given = ids([2, 5, 6, 0, 0, 0]) | {"state": np.float32([1, 0, 0])}
+    with Policy.open(make_bundle(tmp_path / "ids", "prefix", tokenizer=False)) as policy:
+        row = policy.prefix(observation(**given, **texts)).keys[0, 0, 8:, 0, 0]
+        np.testing.assert_allclose(row, [0.04, 1, 0.07, 0], atol=1e-5)
+        for wrong, message in (
+            ({"state_open_ids": None}, "one side"),
+            ({"state_close_ids": None}, "one side"),
+            ({"state_open_ids": [13]}, r"state_open_ids(.|\n)*0\.\.12(.|\n)*13"),
+            ({"state_close_ids": [[1]]}, "state_close_ids(.|\n)*integers"),
+            ({"state_close_ids": [0.5]}, "state_close_ids(.|\n)*integers"),
+        ):
+            with pytest.raises(UsageError, match=message):
+                policy.prefix(observation(**given, **(texts | wrong)))
+
+
+def test_ids_of_a_tokenizer_that_is_too_large_are_refused(make_bundle, tmp_path):
+    with (
+        Policy.open(make_bundle(tmp_path / "small", vocab=6)) as policy,
+        pytest.raises(UsageError, match=r"tokenizer made(.|\n)*0\.\.5(.|\n)*got: +8"),
+    ):
+        policy.infer(observation(prompt="up"))
+
+
+def test_committed_actions_too_large_to_normalise_are_refused(policy):
+    prefix = np.full((2, 2), 3e38, np.float32)
+    with pytest.raises(UsageError, match="action has values that are not finite once normalised"):
+        policy.infer(observation(), action_prefix=prefix, delay=1)
+
+
+def test_an_unknown_engine_is_the_callers_or_the_bundles_mistake(make_bundle, tmp_path):
+    path = make_bundle(tmp_path / "other", engine="onxruntime")
+    with pytest.raises(MismatchError, match="did you mean 'onnxruntime'") as caught:
+        Policy.open(path)
+    assert caught.value.exit_code == 3
+    for engine in ("tensorflow", ""):
+        with pytest.raises(UsageError, match="no such engine"):
+            Policy.open(path, engine=engine)
+    Policy.open(path, engine="onnxruntime").close()
+
+
 def test_a_recording_may_lack_a_camera_with_a_warning(policy, caplog):
     images = {"wrist": observation().images["wrist"]}
     with caplog.at_level(logging.WARNING):
@@ -186,9 +237,18 @@ def test_a_robot_must_deliver_every_camera(policy):
         ({"state": np.float32([0, np.nan, 0])}, "not finite"),
         ({"prompt": ""}, "no prompt"),
         ({"dataset_index": 2}, "dataset_index"),
-        ({"tokens": np.zeros(6, np.int64)}, "without their masks"),
-        ({"tokens": np.zeros(6, np.int64), "token_masks": np.ones(5, bool)}, "do not fit each other"),
-        ({"tokens": np.full(6, -1), "token_masks": np.ones(6, bool)}, "0 or more"),
+        ({"prompt": "", "tokens": np.zeros(6, np.int64)}, "without their masks"),
+        (ids(np.zeros(6, np.int64), masks=np.ones(5, bool)), "do not fit each other"),
+        (ids(np.zeros(6, np.float32)), "do not fit each other"),
+        (ids([1, -1, -7, 99, 0, 0]), r"0\.\.12(.|\n)*got: +-7"),
+        (ids([1, 13, 99, 0, 0, 0]), r"0\.\.12(.|\n)*got: +99"),
+        (ids(np.zeros(6, np.int64), masks=np.zeros(6, bool)), "no token"),
+        (ids(np.zeros(0, np.int64)), "no token"),
+        (ids(np.zeros(6, np.int64)) | {"prompt": "pick"}, "one would be ignored"),
+        ({"state_open_ids": [1], "state_close_ids": [1]}, "no state token"),
+        ({"state_close_ids": [1]}, "no state token"),
+        ({"state": np.float32([3e38, 3e38, 3e38])}, "not finite once normalised"),
+        ({"state": np.array([1e300, 0, 0])}, "not finite"),
     ],
 )
 def test_observations_that_do_not_fit_are_refused(policy, changes, message):
@@ -233,8 +293,7 @@ def test_a_bundle_without_a_tokenizer_takes_ids_and_says_so(make_bundle, tmp_pat
     with Policy.open(make_bundle(tmp_path / "ids", tokenizer=False)) as policy:
         with pytest.raises(UsageError, match="no tokenizer(.|\n)*--tokenizer"):
             policy.infer(observation())
-        ids = {"tokens": np.arange(6), "token_masks": np.ones(6, bool)}
-        keys = policy.prefix(observation(**ids)).keys
+        keys = policy.prefix(observation(**ids(np.arange(6)))).keys
         np.testing.assert_allclose(keys[0, 0, 2:, 0, 0], np.arange(6) / 100, rtol=1e-6)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -181,6 +183,27 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatc
 
 
 def test_paths_that_cannot_be_written_are_refused_beforehand(tmp_path):
-    for path in (tmp_path, tmp_path / "nowhere/out.safetensors"):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "nowhere/out.safetensors", tmp_path / "pipe", Path("/dev/null")):
         with pytest.raises(UsageError, match="cannot be saved"):
             check_writable(path)
+
+
+def test_a_pipe_or_device_is_not_replaced_by_results(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="cannot be saved"):
+        write_tensors(tmp_path / "pipe", {"actions": np.zeros(1, np.float32)})
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_pipe_or_device_is_not_read(tmp_path, manifest):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(UsageError, match="not a file"):
+            read_recorded(path, manifest)
+
+
+def test_results_are_as_readable_as_any_new_file(tmp_path):
+    (tmp_path / "other").touch()
+    write_tensors(tmp_path / "out", {"actions": np.zeros(1, np.float32)})
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "other").stat().st_mode
