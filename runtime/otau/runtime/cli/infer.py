@@ -42,9 +42,10 @@ def infer(
 
     The file's tensors, with or without the prefix `inputs/`: state (B, s); image0, image1, ... uint8
     (B, h, w, 3) or float (B, 3, h, w) in [0, 1], in the order of the bundle's cameras, any but not all
-    of which may be missing; lang_tokens and lang_masks (B, L), or prompt (UTF-8 bytes as uint8, or the
-    entry "prompt" of the file's metadata); noise (B, T, A); action_prefix (B, k, a); delay;
-    dataset_index (B,); num_steps, which must be the bundle's. Tensors outputs/... are skipped.
+    of which may be missing; either lang_tokens and lang_masks (B, L), or prompt (UTF-8 bytes as uint8, or
+    the entry "prompt" of the file's metadata); state_open_ids and state_close_ids (n,), for a policy with
+    a state token in its prefix only; noise (B, T, A); action_prefix (B, k, a); delay; dataset_index (B,);
+    num_steps, which must be the bundle's. Tensors outputs/... are skipped.
 
     Saved are actions (B, T, a), actions_norm (B, T, A), prefix_pad_masks (B, P), and for every layer l
     key_states_{l} and value_states_{l} (B, P, Hkv, D).
