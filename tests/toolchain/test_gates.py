@@ -120,12 +120,10 @@ def test_the_control_damages_the_policy_and_heals_it(tiny: Callable[[str], Path]
     assert (tiny(policy) / "model.safetensors").read_bytes() == file, "the weights are mapped from it"
 
 
-def test_probes_cover_every_trained_delay_and_several_lengths(tiny: Callable[[str], Path]) -> None:
+def test_probes_cover_trained_and_other_delays_and_several_lengths(tiny: Callable[[str], Path]) -> None:
     module = load_checkpoint(tiny("pi05")).policy
     probes = make_probes(module)
-    assert all(
-        probe.decoder["delay"].tolist() == list(range(module.config.max_delay + 1)) for probe in probes
-    )
+    assert all(probe.decoder["delay"].tolist() == [0, 1, 2, 5, 10] for probe in probes)
     assert len({probe.prefix["tokens"].shape[1] for probe in probes}) > 1
     assert any(not probe.prefix["token_masks"].all() for probe in probes)
     assert any(not probe.prefix["image_masks"].all() for probe in probes)

@@ -105,6 +105,31 @@ def test_pytorchs_actions_at_every_delay_and_unseen_prefix_lengths(folder: str, 
     assert len(lengths) == len(shapes)
 
 
+@pytest.mark.parametrize(
+    ("folder", "route", "dtype", "texts"),
+    [
+        # The bins of a discrete prompt are bfloat16's, whatever the bundle's own precision.
+        ("pi05_discrete", "prompt", "bfloat16", (None, None)),
+        ("pi05_continuous", "prefix", "float32", ("State: ", ":\n")),
+        ("pi0", "decoder", "float32", (None, None)),
+    ],
+)
+def test_the_manifest(folder: str, route: str, dtype: str, texts: tuple, compiled: Compiled) -> None:
+    manifest = compiled(GOLDEN / folder).manifest
+    assert (manifest.state_route, manifest.norm.state_dtype) == (route, dtype)
+    assert (manifest.prompt.state_open, manifest.prompt.state_close) == texts
+    assert manifest.norm.centre_degenerate == (folder != "pi0")
+    assert manifest.norm.eps == (1e-8 if folder == "pi0" else 1e-6)
+    assert manifest.vocab == 512
+
+
+def test_no_graph_carries_the_paths_of_this_machine(compiled: Compiled) -> None:
+    bundle = compiled(GOLDEN / "pi0").destination
+    here = str(Path(__file__).parents[2]).encode()
+    for file in bundle.iterdir():
+        assert here not in file.read_bytes(), file.name
+
+
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_the_report(folder: str, compiled: Compiled) -> None:
     compilation = compiled(GOLDEN / folder)

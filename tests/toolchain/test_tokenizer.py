@@ -38,6 +38,10 @@ def gemma_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         add_dummy_prefix=False,
+        pad_piece="<pad>",
+        eos_piece="<eos>",
+        bos_piece="<bos>",
+        unk_piece="<unk>",
         pad_id=0,
         eos_id=1,
         bos_id=2,
@@ -50,7 +54,8 @@ def gemma_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_sentencepiece_model_reads_as_transformers_reads_it(gemma_folder: Path) -> None:
     ours = Tokenizer.from_str(read_tokenizer(gemma_folder, 330))
-    theirs = GemmaTokenizer.from_pretrained(gemma_folder)
+    theirs = GemmaTokenizer.from_pretrained(gemma_folder, add_bos_token=True)
+    assert ours.encode("pick").ids[0] == 2, "PaliGemma puts <bos> first"
     assert ours.get_vocab_size(with_added_tokens=False) == 330, "not the handful of special tokens alone"
     for text in TEXTS:
         assert ours.encode(text, add_special_tokens=True).ids == theirs(text)["input_ids"]

@@ -62,6 +62,15 @@ def untie(tensors: dict[str, torch.Tensor]) -> None:
     tensors[EMBED_TOKENS] = tensors[LM_HEAD] + 1
 
 
+def quantise(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[OUT] = tensors[OUT].to(torch.float8_e4m3fn)
+
+
+def empty_statistics(tensors: dict[str, torch.Tensor]) -> None:
+    for key in [key for key in tensors if "buffer_" in key]:
+        tensors[key] = tensors[key][:0]
+
+
 def drop_statistic(tensors: dict[str, torch.Tensor]) -> None:
     del tensors["normalize_inputs.buffer_state.max"]
 
@@ -80,6 +89,8 @@ def drop_first_layer_key(tensors: dict[str, torch.Tensor]) -> None:
         (rename, ["1 missing", "1 unexpected", OUT, "model.action_out_projection.weight"]),
         (reshape, ["1 of another shape", f"{OUT}: expected [8, 48], got [8, 47]"]),
         (poison, ["1 not finite", OUT]),
+        (quantise, ["floating-point type", f"{OUT}: torch.float8_e4m3fn"]),
+        (empty_statistics, ["empty", "normalize_inputs.buffer_state.max"]),
         (untie, ["tied, but different", LM_HEAD]),
         (drop_statistic, ["1 missing", "normalize_inputs.buffer_state.max"]),
         (split_statistics, ["action.std"]),
@@ -135,6 +146,21 @@ def test_unknown_policy_type_names_the_known_ones(tiny_copy: Copy) -> None:
     "changes",
     [
         {"chunk_size": 0},
+        {"chunk_size": 10**12},
+        {"max_delay": -1},
+        {"prompt_max_length": 0},
+        {"prompt_max_length": 10**12},
+        {"empty_cameras": -1},
+        {"config_version": -1},
+        {"proj_width": 47},
+        {"resize_imgs_with_padding": [-56, -56]},
+        {"delta_action_state_map": {"3": 0, "03": 1}},
+        {
+            "input_features": {
+                "state": {"type": "STATE", "shape": [8]},
+                "c": {"type": "VISUAL", "shape": [4, 56, 56]},
+            }
+        },
         {"chunk_size": "ten"},
         {"num_steps": -1},
         {"n_action_steps": 11},
@@ -170,14 +196,43 @@ def test_without_model_dims_the_heads_must_be_the_full_size_ones(tiny_copy: Copy
         load_checkpoint(folder)
 
 
-@pytest.mark.parametrize(
-    "text", ["{", "[]", '{"heads": 0}', '{"heads": 3, "kv_heads": 2}', '{"heads": "four"}']
-)
-def test_wrong_model_dims(tiny_copy: Copy, text: str) -> None:
+@pytest.mark.parametrize("text", ["{", "[]", '{"heads": 4}', "\xff"])
+def test_model_dims_that_cannot_be_read(tiny_copy: Copy, text: str) -> None:
     folder = tiny_copy()
-    (folder / "model_dims.json").write_text(text)
+    (folder / "model_dims.json").write_text(text, encoding="latin1")
     with pytest.raises(CheckpointError):
         load_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"heads": 0},
+        {"heads": "four"},
+        {"heads": 4, "kv_heads": 3},
+        {"heads": 8},
+        {"vis_heads": 3},
+        {"rope_theta": 0},
+        {"rms_norm_eps": -1e-6},
+        {"layers": 99},
+        {"vlm_hidden": 7},
+    ],
+)
+def test_model_dims_that_do_not_fit(tiny_copy: Copy, changes: dict[str, Any]) -> None:
+    folder = tiny_copy()
+    path = folder / "model_dims.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(CheckpointError):
+        load_checkpoint(folder)
+
+
+def test_no_version_means_the_newer_epsilon_and_no_centring(tiny_copy: Copy) -> None:
+    """As the golden set's formulas have it."""
+    folder = tiny_copy()
+    for version, eps, centred in ((None, 1e-6, False), (0, 1e-8, False), (1, 1e-6, True)):
+        edit_config(folder, config_version=version)
+        config = load_checkpoint(folder).config
+        assert (config.eps, config.centre_degenerate) == (eps, centred)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 8, 1000, -1])

@@ -65,7 +65,7 @@ class Case:
             mode,
             statistics,
             eps=self.config.eps,
-            centre_degenerate=self.config.config_version != 0,
+            centre_degenerate=self.config.centre_degenerate,
             dtype=self.dtype,
             name=kind,
         )
@@ -143,6 +143,36 @@ def test_prefix(case: Case) -> None:
     assert_close(out, case.wanted["prefix_out"], "prefix_out", mask)
 
 
+class Trace:
+    """What the policy computes on its way: x and v of every step, the expert's input and output."""
+
+    def __init__(self, policy: FlowPolicy) -> None:
+        self.policy = policy
+        self.x: list[Tensor] = []
+        self.v: list[Tensor] = []
+        self.suffix: list[Tensor] = []
+        self.suffix_out: list[Tensor] = []
+
+    def __enter__(self) -> Trace:
+        velocity, decode = self.policy.velocity, self.policy.expert.decode
+
+        def traced_velocity(x: Tensor, *rest) -> Tensor:
+            self.x.append(x)
+            self.v.append(velocity(x, *rest))
+            return self.v[-1]
+
+        def traced_decode(x: Tensor, *rest) -> Tensor:
+            self.suffix.append(x)
+            self.suffix_out.append(decode(x, *rest))
+            return self.suffix_out[-1]
+
+        self.policy.velocity, self.policy.expert.decode = traced_velocity, traced_decode
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        del self.policy.velocity, self.policy.expert.decode
+
+
 def cache_of(case: Case) -> tuple[Cache, Tensor]:
     keys, values, mask = case.policy.prefix(case.prefix_inputs())
     return lay_out(keys, values), mask
@@ -166,7 +196,12 @@ def test_decoder(case: Case) -> None:
         assert_close(policy.velocity(noise, condition, cache, mask, inputs.get("state")), wanted, "velocity")
 
     steps = int(case.given["num_steps"])
-    actions = policy.decode(cache, mask, noise, num_steps=steps, **inputs)
+    with Trace(policy) as trace:
+        actions = policy.decode(cache, mask, noise, num_steps=steps, **inputs)
+    assert_close(torch.stack(trace.v), case.wanted["v_t"], "velocity")
+    assert_close(torch.stack([*trace.x, actions]), case.wanted["x_t"], "actions")
+    assert_close(trace.suffix[0], case.wanted["suffix_embs_step0"], "prefix_embs")
+    assert_close(trace.suffix_out[0], case.wanted["suffix_out_step0"], "velocity")
     assert_close(actions, case.wanted["actions_norm"], "actions")
     raw = case.normaliser("action").unnormalise(actions[..., : case.config.action_dim].numpy(), case.heads)
     assert_close(torch.from_numpy(raw), case.wanted["actions"], "actions")
@@ -179,6 +214,10 @@ def test_flow_time(case: Case) -> None:
     width = case.policy.dims.expert.hidden
     sincos = time_sincos(case.wanted["probe_t"], width)
     assert_close(sincos, case.wanted["time_sincos_f64"], "sincos")
+    if "time_cond_step0" in case.wanted:
+        delay = int(case.given["delay"]) if "action_prefix" in case.given else 0
+        rows = torch.where(torch.arange(case.given["noise"].shape[1]) < delay, 0.0, 1.0)
+        assert_close(case.policy.conditioning(rows)[None], case.wanted["time_cond_step0"], "time_cond")
     if "probe_time_cond" in case.wanted:
         assert_close(
             case.policy.conditioning(case.wanted["probe_t"]), case.wanted["probe_time_cond"], "time_cond"

@@ -68,6 +68,8 @@ def test_unknown_names_and_taken_folders(tmp_path: Path) -> None:
         write_random_checkpoint(tmp_path / "out", "pi5", "tiny")
     with pytest.raises(UsageError, match="small"):
         write_random_checkpoint(tmp_path / "out", "pi05", "smal")
+    with pytest.raises(UsageError, match="cannot be written"):
+        write_random_checkpoint(Path("/dev/null/out"), "pi05", "tiny")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "mine").write_text("precious")
     with pytest.raises(UsageError, match="taken"):

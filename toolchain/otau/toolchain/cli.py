@@ -43,7 +43,7 @@ def compile_checkpoint(
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Compile a checkpoint into a bundle, every stage behind a numerical gate.
+    """Compile a checkpoint into a bundle, behind numerical gates.
 
     A bundle is a folder: three ONNX graphs (prefix, ingest, decoder), normalisation statistics, tokenizer and
     a manifest with the hash of every file. A gate that fails ends with exit code 1 and leaves no bundle.
@@ -118,8 +118,4 @@ def _print(compilation: Compilation) -> None:
         f" every gate passed, {seconds:.1f} s, peak {peak:,.0f} MiB",
         markup=False,
     )
-    if compilation.tokenizer_json is None:
-        console.print(
-            "No tokenizer was found: the bundle takes token ids. Give one with --tokenizer DIR.", markup=False
-        )
     console.print(f"bundle: {report['bundle']}", markup=False)

@@ -60,7 +60,7 @@ def ManifestFromCheckpoint(  # noqa: N802 (converters are named <Target>From<Sou
             state=config.normalization_mapping.get("STATE", "IDENTITY"),
             action=config.normalization_mapping.get("ACTION", "IDENTITY"),
             eps=config.eps,
-            centre_degenerate=config.config_version != 0,
+            centre_degenerate=config.centre_degenerate,
             heads=_heads(checkpoint),
             # Training and serving normalise the state of a discrete prompt in bfloat16, and the bins show it.
             state_dtype="bfloat16" if state_in_prompt else "float32",
@@ -83,6 +83,7 @@ def ManifestFromCheckpoint(  # noqa: N802 (converters are named <Target>From<Sou
         kv_heads=vlm.kv_heads,
         head_dim=vlm.head_dim,
         image_tokens=policy.dims.vision.tokens,
+        vocab=policy.dims.vocab,
         graphs=dict(graphs),
         gates=tuple(gates),
         versions=package_versions(),

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from otau.runtime.bundle_writer import BundleWriter
 from otau.runtime.engines import Engine, engine_class
-from otau.runtime.errors import EngineError
+from otau.runtime.errors import EngineError, OtauError
 from otau.runtime.manifest import STATS_NAME
 from otau.runtime.spec import GateResult, GraphSpec, Manifest
 from otau.toolchain.gate.parity import gate_engines, judge, refuse_failed, relative_error
@@ -132,6 +132,8 @@ def intake(c: Compilation) -> None:
     folder = c.tokenizer or (c.source if has_tokenizer(c.source) else None)
     if folder is not None:
         c.tokenizer_json = read_tokenizer(folder, c.checkpoint.policy.dims.vocab)
+    else:
+        _LOG.warning("no tokenizer was found, so the bundle takes token ids; give one with --tokenizer DIR")
 
 
 def reference(c: Compilation) -> None:
@@ -225,7 +227,7 @@ def seal(c: Compilation) -> None:
         graphs=c.graphs,
         gates=c.gates,
     )
-    report = msgspec.json.format(msgspec.json.encode(c.report()), indent=2)
+    report = msgspec.json.format(msgspec.json.encode(c.report() | {"bundle": "."}), indent=2)
     (c.writer.path / "report.json").write_bytes(report + b"\n")
     (c.writer.path / "README.md").write_text(card(manifest), encoding="utf-8")
     c.manifest = c.writer.seal(manifest)
@@ -267,8 +269,10 @@ def compile_bundle(c: Compilation, on_stage: Callable[[str], None] = lambda name
             start = time.perf_counter()
             try:
                 stage(c)
-            except BaseException:
-                _LOG.info("stage %s failed after: %s", name, ", ".join(s.name for s in c.stages) or "none")
+            except OtauError as error:
+                if c.stages:
+                    passed = ", ".join(done.name for done in c.stages)
+                    error.where = f"{error.where or 'compilation'} (stage {name}, after {passed})"
                 raise
             c.stages.append(StageReport(name, round(time.perf_counter() - start, 3), False, peak_rss_mb()))
     assert c.manifest is not None

@@ -7,11 +7,17 @@ from otau.runtime.spec import Manifest
 __all__ = ["card"]
 
 
+def _cell(text: str) -> str:
+    """Text inside a Markdown table."""
+    return text.replace("|", "\\|")
+
+
 def card(manifest: Manifest) -> str:
     """The bundle's `README.md`."""
     cameras = ", ".join(f"`{c.name}` {c.height} x {c.width}" for c in manifest.cameras)
     gates = "\n".join(
-        f"| {g.name} | {g.metric} | {g.value:.2e} | {g.limit:.0e} | {'yes' if g.control_failed else 'no'} |"
+        f"| {g.name} | {_cell(g.metric)} | {g.value:.2e} | {g.limit:.0e} |"
+        f" {'yes' if g.control_failed else 'no'} |"
         for g in manifest.gates
     )
     graphs = "\n".join(f"| {name} | {g.nodes} | {g.parameters:,} |" for name, g in manifest.graphs.items())

@@ -18,14 +18,9 @@ class Target:
     """Name of the runtime's engine."""
     precisions: tuple[str, ...]
     """The first is the default."""
-    opset: int
-    description: str
 
 
-TARGETS = {
-    target.name: target
-    for target in (Target("cpu", "onnxruntime", ("fp32",), 20, "any x86-64 or arm64 CPU, with ONNX Runtime"),)
-}
+TARGETS = {target.name: target for target in (Target("cpu", "onnxruntime", ("fp32",)),)}
 """Targets by name."""
 
 

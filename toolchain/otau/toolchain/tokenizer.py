@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from otau.runtime.errors import CheckpointError, UsageError
 
 __all__ = ["TOKENIZER_FILES", "has_tokenizer", "read_tokenizer"]
+
+_LOG = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 """What a tokenizer folder holds: a `tokenizers` file, or Gemma's SentencePiece model."""
@@ -44,11 +47,15 @@ def read_tokenizer(folder: Path, vocab: int) -> str:
         else:
             from transformers import GemmaTokenizer
 
-            tokenizer = GemmaTokenizer.from_pretrained(str(folder)).backend_tokenizer
+            # PaliGemma's prompts begin with <bos>; without its tokenizer_config.json the class leaves it out.
+            told = (folder / "tokenizer_config.json").is_file()
+            options = {} if told else {"add_bos_token": True}
+            tokenizer = GemmaTokenizer.from_pretrained(str(folder), **options).backend_tokenizer
     except Exception as error:  # both libraries raise plain Exceptions
         raise CheckpointError("the tokenizer cannot be read", where=path, got=error) from None
-    # Without added tokens: transformers gives a Gemma tokenizer some that no prompt contains.
-    largest = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
+    # Of the added tokens only those in front of every prompt: transformers adds some that no prompt contains.
+    first = tokenizer.encode("a").ids
+    largest = max([*tokenizer.get_vocab(with_added_tokens=False).values(), *first], default=-1)
     if largest >= vocab:
         raise CheckpointError(
             "the tokenizer has tokens that the policy does not know",
@@ -57,4 +64,7 @@ def read_tokenizer(folder: Path, vocab: int) -> str:
             got=f"token id {largest}",
             fix="give the tokenizer that the policy was trained with",
         )
+    bos = tokenizer.token_to_id("<bos>")
+    if bos is not None and first[:1] != [bos]:
+        _LOG.warning("%s does not put <bos> in front of a prompt, as PaliGemma's tokenizer does", path)
     return tokenizer.to_str()

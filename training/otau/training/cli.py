@@ -17,7 +17,7 @@ def init(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The folder to make.")],
     policy: Annotated[str, typer.Option(metavar="NAME", help="pi05 or pi0.")] = "pi05",
     size: Annotated[str, typer.Option(metavar="NAME", help="tiny, small or full (3.4 billion).")] = "tiny",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the weights.")] = 0,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Write a randomly initialised checkpoint in OpenTau's layout.

@@ -116,8 +116,16 @@ def write_random_checkpoint(out: Path, policy: str, size: str, seed: int = 0) ->
     sizes = SIZES[size]
     config = random_config(policy, sizes)
     module = build_policy(config, sizes.dims)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise UsageError(
+            "the checkpoint cannot be written there",
+            where=out,
+            got=error,
+            fix="choose a folder that you may write to",
+        ) from None
     try:
         tensors = _weights(module, sizes, seed)
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})

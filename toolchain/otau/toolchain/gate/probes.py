@@ -1,7 +1,7 @@
 """Observations that a compiled policy is judged on, and the policy's own answer to them.
 
-Nothing is tuned on the probes. They cover every delay up to the trained maximum and prefixes of several
-lengths, with a padded prompt and masked cameras among them.
+Nothing is tuned on the probes. They cover every delay up to the trained maximum and some beyond, and prefixes
+of several lengths, with a padded prompt and masked cameras among them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def make_probes(policy: FlowPolicy, seed: int = 1) -> list[Probe]:
     """The probes of a policy."""
     cameras = len(policy.config.cameras())
     longest = policy.prompt_length(policy.config)
-    delays = policy.config.max_delay + 1 if policy.real_time_chunking else 1
+    delays = _delays(policy)
     probes = []
     for number, (name, tokens) in enumerate({"full": longest, "padded": longest, "short": 3}.items()):
         prefix = prefix_inputs(policy, 1, cameras, tokens, seed=seed + number)
@@ -57,11 +57,19 @@ def make_probes(policy: FlowPolicy, seed: int = 1) -> list[Probe]:
             prefix["token_masks"][:, longest // 2 :] = False
             prefix["image_masks"][:, 1:] = False
         # One row a delay: all of them against the same observation.
-        decoder = decoder_inputs(policy, delays, seed=seed + 100 + number)
+        decoder = decoder_inputs(policy, len(delays), seed=seed + 100 + number)
         if policy.real_time_chunking:
-            decoder["delay"] = torch.arange(delays)
+            decoder["delay"] = torch.tensor(delays)
         probes.append(Probe(name, prefix, decoder))
     return probes
+
+
+def _delays(policy: FlowPolicy) -> list[int]:
+    """Every delay that was trained, and one, half and all of the chunk, which the graph serves too."""
+    if not policy.real_time_chunking:
+        return [0]
+    chunk = policy.config.chunk_size
+    return sorted({*range(policy.config.max_delay + 1), 1, chunk // 2, chunk})
 
 
 @torch.no_grad()

@@ -64,6 +64,8 @@ def simplify(model: ir.Model) -> None:
         FoldWeightTransposes(),
         ir.passes.common.RemoveUnusedNodesPass(),
         ir.passes.common.CommonSubexpressionEliminationPass(),
+        # The exporter writes the stack trace of every node, with the paths of this machine.
+        ir.passes.common.ClearMetadataAndDocStringPass(),
     )(model)
 
 

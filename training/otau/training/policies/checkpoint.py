@@ -40,6 +40,8 @@ FAMILIES: dict[str, type[FlowPolicy]] = {family.type: family for family in (Pi0,
 
 WEIGHTS_FILE = "model.safetensors"
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 _STATISTICS = {
     "IDENTITY": (),
     "MEAN_STD": ("mean", "std"),
@@ -166,15 +168,16 @@ def _check_keys(policy: FlowPolicy, tensors: Mapping[str, Tensor], where: Path) 
         for key, t in given.items()
         if key in expected and tuple(t.shape) != expected[key]
     ]
-    not_float = [
-        f"{key}: {t.dtype}" for key, t in given.items() if key in expected and not t.is_floating_point()
-    ]
+    not_float = [f"{key}: {t.dtype}" for key, t in given.items() if t.dtype not in _FLOATS]
     problems = {
         "missing": missing,
         "unexpected": unexpected,
         "of another shape": misshapen,
-        "not floating point": not_float,
-        "not finite": [key for key, t in given.items() if not bool(torch.isfinite(t).all())],
+        "not of a floating-point type that is read": not_float,
+        "not finite": [
+            k for k, t in given.items() if t.dtype in _FLOATS and not bool(torch.isfinite(t).all())
+        ],
+        "empty": [key for key, t in given.items() if t.numel() == 0],
     }
     if LM_HEAD in given and EMBED_TOKENS in given and not torch.equal(given[LM_HEAD], given[EMBED_TOKENS]):
         problems["tied, but different"] = [LM_HEAD, EMBED_TOKENS]

@@ -20,6 +20,22 @@ __all__ = ["CONFIG_FILES", "Feature", "NormMode", "PolicyConfig", "read_config"]
 CONFIG_FILES = ("config.json", "hf_config.json", "train_config.json")
 """Where a policy's configuration is looked for, in this order."""
 
+_RANGES = {
+    "chunk_size": (1, 10_000),
+    "n_action_steps": (1, 10_000),
+    "max_delay": (0, 10_000),
+    "num_steps": (1, 1000),
+    "max_state_dim": (1, 10_000),
+    "max_action_dim": (1, 10_000),
+    "empty_cameras": (0, 16),
+    "prompt_max_length": (1, 100_000),
+    "tokenizer_max_length": (1, 100_000),
+    "config_version": (0, 1_000_000),
+}
+"""What a number may be: far beyond any policy, and small enough that no size becomes a threat."""
+
+_LARGEST_PICTURE = 8192
+
 NormMode = Literal["IDENTITY", "MEAN_STD", "MIN_MAX", "QUANTILE"]
 
 
@@ -45,7 +61,7 @@ class PolicyConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_action_dim: int = 32
     resize_imgs_with_padding: tuple[int, int] | None = (224, 224)
     empty_cameras: int = 0
-    proj_width: int = 1024
+    proj_width: int | None = None
     config_version: int | None = None
     dataset_names: tuple[str, ...] | None = None
     delta_action_state_map: dict[str, int] | None = None
@@ -58,10 +74,10 @@ class PolicyConfig(msgspec.Struct, frozen=True, kw_only=True):
     def cameras(self) -> dict[str, tuple[int, int]]:
         """Camera name -> (height, width) [px], in the order of the prefix."""
         visual = {name: f for name, f in self.input_features.items() if f.type == "VISUAL"}
-        flat = [name for name, f in visual.items() if len(f.shape) != 3]
+        flat = [name for name, f in visual.items() if len(f.shape) != 3 or f.shape[0] != 3]
         if flat:
             raise CheckpointError(
-                "a camera's shape is not (channels, height, width)", where=flat[0], got=visual[flat[0]].shape
+                "a camera's shape is not (3, height, width)", where=flat[0], got=visual[flat[0]].shape
             )
         return {name: self.resize_imgs_with_padding or (f.shape[1], f.shape[2]) for name, f in visual.items()}
 
@@ -79,6 +95,11 @@ class PolicyConfig(msgspec.Struct, frozen=True, kw_only=True):
     def eps(self) -> float:
         """Epsilon of the normalisation: 1e-8 for version 0, 1e-6 since and where no version is given."""
         return 1e-8 if self.config_version == 0 else 1e-6
+
+    @property
+    def centre_degenerate(self) -> bool:
+        """Whether a constant dimension normalises to 0: since version 1, not where no version is given."""
+        return (self.config_version or 0) >= 1
 
     @staticmethod
     def _width(features: dict[str, Feature], kind: str) -> int:
@@ -143,11 +164,15 @@ def read_config(folder: Path, known_types: tuple[str, ...]) -> PolicyConfig:
 
 def _check(config: PolicyConfig, path: Path) -> None:
     """Refuse what would compile to something else than the policy."""
-    positive = ("chunk_size", "n_action_steps", "num_steps", "max_state_dim", "max_action_dim")
-    for name in positive:
-        if getattr(config, name) < 1:
+    for name, (low, high) in _RANGES.items():
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
             raise CheckpointError(
-                f"{name} must be at least 1", where=path, got=getattr(config, name), fix=f"correct {name}"
+                f"{name} is out of range",
+                where=path,
+                expected=f"{low} to {high}",
+                got=value,
+                fix=f"correct {name}",
             )
     bounds = [
         ("n_action_steps", config.n_action_steps, "chunk_size", config.chunk_size),
@@ -161,6 +186,15 @@ def _check(config: PolicyConfig, path: Path) -> None:
                 f"{name} is larger than {limit_name}", where=path, expected=f"<= {limit}", got=value
             )
     cameras = config.cameras()
+    too_large = [size for size in cameras.values() if not 1 <= min(size) <= max(size) <= _LARGEST_PICTURE]
+    if too_large:
+        raise CheckpointError(
+            "a picture's size is out of range",
+            where=path,
+            expected=f"1 to {_LARGEST_PICTURE} pixels a side",
+            got=too_large[0],
+            fix="correct resize_imgs_with_padding or the cameras' shapes",
+        )
     if not cameras or len(set(cameras.values())) != 1:
         raise CheckpointError(
             "the cameras do not share one picture size" if cameras else "the configuration names no camera",
@@ -169,7 +203,8 @@ def _check(config: PolicyConfig, path: Path) -> None:
             fix="set resize_imgs_with_padding" if cameras else "add a feature of type VISUAL",
         )
     for action, state in (config.delta_action_state_map or {}).items():
-        if not (action.isdecimal() and int(action) < config.action_dim and 0 <= state < config.state_dim):
+        plain = action.isdecimal() and action == str(int(action))
+        if not (plain and int(action) < config.action_dim and 0 <= state < config.state_dim):
             raise CheckpointError(
                 "delta_action_state_map names a dimension that is not there",
                 where=path,

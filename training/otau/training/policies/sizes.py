@@ -26,18 +26,28 @@ DIMS_FILE = "model_dims.json"
 
 
 class HeadDims(msgspec.Struct, frozen=True, kw_only=True):
-    """What the shapes of the weights don't tell; defaults are the full-size model's."""
+    """`model_dims.json`: what the shapes of the weights don't tell, and what they must agree with."""
 
-    heads: int = 8
-    kv_heads: int = 1
-    head_dim: int = 256
-    vis_heads: int = 16
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vis_heads: int
     rope_theta: float = 10_000.0
     rms_norm_eps: float = 1e-6
     siglip_layer_norm_eps: float = 1e-6
+    layers: int | None = None
+    vlm_hidden: int | None = None
+    vlm_mlp: int | None = None
+    exp_hidden: int | None = None
+    exp_mlp: int | None = None
+    vis_layers: int | None = None
+    vis_hidden: int | None = None
+    vis_mlp: int | None = None
+    vocab: int | None = None
+    patch: int | None = None
 
 
-FULL_HEADS = HeadDims()
+FULL_HEADS = HeadDims(heads=8, kv_heads=1, head_dim=256, vis_heads=16)
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,9 @@ def read_head_dims(folder: Path) -> HeadDims | None:
     for name, value in counts.items():
         if value < 1:
             raise CheckpointError(f"{name} must be at least 1", where=path, got=value)
+    for name in ("rope_theta", "rms_norm_eps", "siglip_layer_norm_eps"):
+        if not 0 < getattr(dims, name) < float("inf"):
+            raise CheckpointError(f"{name} must be positive", where=path, got=getattr(dims, name))
     if dims.heads % dims.kv_heads or dims.head_dim % 2:
         raise CheckpointError(
             "the numbers of heads do not fit each other",
@@ -173,4 +186,32 @@ def infer_dims(
             got=f"{expert.layers} layers",
         )
     table = LM_HEAD if LM_HEAD in shapes else EMBED_TOKENS
-    return PolicyDims(vision=vision, vlm=vlm, expert=expert, vocab=shape(table, 2)[0])
+    dims = PolicyDims(vision=vision, vlm=vlm, expert=expert, vocab=shape(table, 2)[0])
+    _check_agreement(dims, config, head_dims, where)
+    return dims
+
+
+def _check_agreement(dims: PolicyDims, config: PolicyConfig, stated: HeadDims, where: object) -> None:
+    """Refuse weights of other sizes than the files beside them state."""
+    found = {
+        "layers": dims.vlm.layers,
+        "vlm_hidden": dims.vlm.hidden,
+        "vlm_mlp": dims.vlm.mlp,
+        "exp_hidden": dims.expert.hidden,
+        "exp_mlp": dims.expert.mlp,
+        "vis_layers": dims.vision.layers,
+        "vis_hidden": dims.vision.hidden,
+        "vis_mlp": dims.vision.mlp,
+        "vocab": dims.vocab,
+        "patch": dims.vision.patch,
+    }
+    claims = {f"{name} in {DIMS_FILE}": (getattr(stated, name), size) for name, size in found.items()}
+    claims["proj_width in the configuration"] = (config.proj_width, dims.expert.hidden)
+    for name, (claimed, size) in claims.items():
+        if claimed is not None and claimed != size:
+            raise CheckpointError(
+                "the weights have another size than is stated",
+                where=f"{where}: {name}",
+                expected=claimed,
+                got=size,
+            )
