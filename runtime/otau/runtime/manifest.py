@@ -20,6 +20,7 @@ from otau.runtime.spec import SCHEMA_VERSION, Manifest
 __all__ = [
     "GRAPHS",
     "MANIFEST_NAME",
+    "MAXIMA",
     "MAX_MANIFEST_BYTES",
     "STATS_NAME",
     "decode_manifest",
@@ -33,7 +34,7 @@ GRAPHS = ("prefix", "ingest", "decoder")
 """The graphs that every bundle has."""
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 """Largest manifest that is read: a hundred times what a bundle of today needs."""
-_MAXIMA = {
+MAXIMA = {
     "flow.num_steps": 1000,
     "flow.chunk": 1024,
     "flow.n_action_steps": 1024,
@@ -200,9 +201,9 @@ def _contradictions(manifest: Manifest) -> list[str]:
     }
     for name, values in sizes.items():
         found += [
-            f"{name} is {size}, not within 1..{_MAXIMA[name]}"
+            f"{name} is {size}, not within 1..{MAXIMA[name]}"
             for size in values
-            if not 1 <= size <= _MAXIMA[name]
+            if not 1 <= size <= MAXIMA[name]
         ]
     if flow.n_action_steps > flow.chunk:
         found.append(f"flow.n_action_steps {flow.n_action_steps} > flow.chunk {flow.chunk}")

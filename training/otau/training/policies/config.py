@@ -14,6 +14,7 @@ from typing import Literal
 import msgspec
 
 from otau.runtime.errors import CheckpointError, UsageError, nearest_name
+from otau.runtime.manifest import MAXIMA
 
 __all__ = ["CONFIG_FILES", "Feature", "NormMode", "PolicyConfig", "read_config"]
 
@@ -21,20 +22,20 @@ CONFIG_FILES = ("config.json", "hf_config.json", "train_config.json")
 """Where a policy's configuration is looked for, in this order."""
 
 _RANGES = {
-    "chunk_size": (1, 10_000),
-    "n_action_steps": (1, 10_000),
-    "max_delay": (0, 10_000),
-    "num_steps": (1, 1000),
-    "max_state_dim": (1, 10_000),
-    "max_action_dim": (1, 10_000),
-    "empty_cameras": (0, 16),
-    "prompt_max_length": (1, 100_000),
-    "tokenizer_max_length": (1, 100_000),
+    "chunk_size": (1, MAXIMA["flow.chunk"]),
+    "n_action_steps": (1, MAXIMA["flow.n_action_steps"]),
+    "max_delay": (0, MAXIMA["flow.chunk"]),
+    "num_steps": (1, MAXIMA["flow.num_steps"]),
+    "max_state_dim": (1, MAXIMA["state.max_dim"]),
+    "max_action_dim": (1, MAXIMA["action.max_dim"]),
+    "empty_cameras": (0, MAXIMA["the number of cameras"]),
+    "prompt_max_length": (1, MAXIMA["prompt.max_length"]),
+    "tokenizer_max_length": (1, MAXIMA["prompt.max_length"]),
     "config_version": (0, 1_000_000),
 }
-"""What a number may be: far beyond any policy, and small enough that no size becomes a threat."""
+"""What a number may be: no more than the runtime will open."""
 
-_LARGEST_PICTURE = 8192
+_LARGEST_PICTURE = MAXIMA["a camera's height"]
 
 NormMode = Literal["IDENTITY", "MEAN_STD", "MIN_MAX", "QUANTILE"]
 
