@@ -18,8 +18,8 @@ from otau.runtime.spec import GateResult
 from otau.toolchain import pipeline
 from otau.toolchain.gate.parity import refuse_failed, relative_error
 from otau.toolchain.gate.probes import answer, damaged, make_probes
+from otau.toolchain.intake import load_checkpoint
 from otau.toolchain.pipeline import Compilation, compile_bundle
-from otau.training.policies import load_checkpoint
 
 New = Callable[..., Compilation]
 
@@ -107,7 +107,7 @@ def test_a_bundle_that_was_there_survives_a_failed_compilation(
 @pytest.mark.parametrize("policy", ["pi05", "pi0"])
 def test_the_control_damages_the_policy_and_heals_it(tiny: Callable[[str], Path], policy: str) -> None:
     file = (tiny(policy) / "model.safetensors").read_bytes()
-    module = load_checkpoint(tiny(policy)).policy
+    module = load_checkpoint(tiny(policy)).load()
     before = {name: parameter.clone() for name, parameter in module.named_parameters()}
     probe = make_probes(module)[0]
     sound = answer(module, probe, 3)
@@ -121,7 +121,7 @@ def test_the_control_damages_the_policy_and_heals_it(tiny: Callable[[str], Path]
 
 
 def test_probes_cover_trained_and_other_delays_and_several_lengths(tiny: Callable[[str], Path]) -> None:
-    module = load_checkpoint(tiny("pi05")).policy
+    module = load_checkpoint(tiny("pi05")).load()
     probes = make_probes(module)
     assert all(probe.decoder["delay"].tolist() == [0, 1, 2, 5, 10] for probe in probes)
     assert len({probe.prefix["tokens"].shape[1] for probe in probes}) > 1
@@ -155,7 +155,7 @@ def test_the_weights_are_let_go_before_the_engines_open(
 
     def remember(c: Compilation) -> None:
         # The VLM's. The expert's are so small here that constant folding keeps views of them.
-        vlm = [*c.checkpoint.policy.vlm.parameters(), c.checkpoint.policy.embed_tokens.weight]
+        vlm = [*c.policy.vlm.parameters(), c.policy.embed_tokens.weight]
         weights.update(parameter.untyped_storage().data_ptr() for parameter in vlm)
 
     def look_back(c: Compilation) -> None:

@@ -17,8 +17,9 @@ from otau.runtime.recorded import read_recorded
 from otau.toolchain.gate.parity import relative_error
 from otau.toolchain.graph.export import decoder_inputs, prefix_inputs
 from otau.toolchain.graph.programs import Prefix
+from otau.toolchain.intake import load_checkpoint
 from otau.toolchain.pipeline import Compilation
-from otau.training.policies import lay_out, load_checkpoint
+from otau.training.policies import lay_out
 
 GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden"
 FOLDERS = ("pi05_discrete", "pi05_continuous", "pi0")
@@ -77,7 +78,7 @@ def test_opentaus_tensors(case: str, compiled: Compiled) -> None:
 def test_pytorchs_actions_at_every_delay_and_unseen_prefix_lengths(folder: str, compiled: Compiled) -> None:
     """The chain of engines within 2e-6, at every delay of the chunk, with all kinds of batches and masks."""
     bundle = compiled(GOLDEN / folder).destination
-    policy = load_checkpoint(GOLDEN / folder).policy
+    policy = load_checkpoint(GOLDEN / folder).load()
     kind = engine_class("onnxruntime")
     engines = {name: kind.open(bundle / f"{name}.onnx") for name in ("prefix", "ingest", "decoder")}
     shapes = [(1, 1, 1), (1, 2, 5), (2, 1, 16), (3, 3, 40)]
@@ -149,7 +150,7 @@ def test_adaptive_norm_layers_are_gone_from_the_decoder(folder: str, compiled: C
     import onnx
 
     compilation = compiled(GOLDEN / folder)
-    policy = load_checkpoint(GOLDEN / folder).policy
+    policy = load_checkpoint(GOLDEN / folder).load()
     dense = [
         name for name, _ in policy.expert.named_parameters() if ".dense." in name or name.startswith("norm.")
     ]

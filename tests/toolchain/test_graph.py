@@ -16,7 +16,7 @@ from otau.toolchain.graph.loop import LoopDenoiseSteps
 from otau.toolchain.graph.patches import PATCHES, Patch, applied
 from otau.toolchain.graph.programs import DenoiseStep
 from otau.toolchain.graph.simplify import FoldWeightTransposes, count_nodes, count_parameters, simplify
-from otau.training.policies import load_checkpoint
+from otau.toolchain.intake import load_checkpoint
 
 
 def model_of(*nodes: ir.Node, inputs, outputs, initializers=()) -> ir.Model:
@@ -90,7 +90,7 @@ def test_the_loop_refuses_what_is_not_a_step() -> None:
 
 @pytest.mark.parametrize("policy", ["pi05", "pi0"])
 def test_simplify_and_loop_keep_the_decoders_numbers(tiny: Callable[[str], Path], policy: str) -> None:
-    module = load_checkpoint(tiny(policy)).policy
+    module = load_checkpoint(tiny(policy)).load()
     model = DecoderStepFromProgram(DenoiseStep(module, 4))
     exported = count_nodes(model)
     simplify(model)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from otau.runtime.images import pixels_from_image
 from otau.runtime.normalise import Normaliser
-from otau.training.policies import Checkpoint, FlowPolicy, PrefixInputs, StateTokens, lay_out, load_checkpoint
+from otau.toolchain.intake import load_checkpoint
+from otau.training.policies import Checkpoint, FlowPolicy, PrefixInputs, StateTokens, lay_out
 from otau.training.policies.flow import flow_times, time_sincos
 from otau.training.policies.flow_policy import Cache, prefix_attention_mask, prefix_positions
 from otau.training.policies.pi0 import suffix_mask
@@ -52,7 +53,7 @@ class Case:
         self.wanted = {k.removeprefix("outputs/"): v for k, v in tensors.items() if k.startswith("outputs/")}
         self.facts = json.loads((GOLDEN / folder / "cases.json").read_text())[file]
         self.checkpoint = checkpoint(folder)
-        self.policy: FlowPolicy = self.checkpoint.policy
+        self.policy: FlowPolicy = self.checkpoint.load()
         self.config = self.checkpoint.config
         self.heads = self.given["dataset_index"].numpy()
 
@@ -231,7 +232,7 @@ def test_weights_rounded_as_opentaus_loader_does(name: str) -> None:
     """Golden tensors of OpenTau's own loader tell whether our exact loading is the only difference."""
     case = Case(name)
     wanted = load_file(GOLDEN / name.replace("/io", "/f32_rounded_weights"))
-    policy = load_checkpoint(GOLDEN / name.split("/")[0]).policy
+    policy = load_checkpoint(GOLDEN / name.split("/")[0]).load()
     # The loader leaves these in float32.
     exact = ("vision.tower.embeddings", "action_", "time_mlp", "state_proj", "expert.norm")
     for parameter_name, parameter in policy.named_parameters():
@@ -249,7 +250,7 @@ def test_bfloat16_serving_path(name: str) -> None:
     case = Case(name, dtype="bfloat16")
     folder = name.split("/")[0]
     wanted = load_file(GOLDEN / name.replace("/io", "/bf16"))
-    case.policy = load_checkpoint(GOLDEN / folder).policy.to_bfloat16()
+    case.policy = load_checkpoint(GOLDEN / folder).load().to_bfloat16()
     cache, mask = cache_of(case)
     assert cache[0][0].dtype == torch.bfloat16
     steps = int(case.given["num_steps"])

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from otau.runtime.errors import UsageError
-from otau.training.policies import load_checkpoint
+from otau.toolchain.intake import load_checkpoint
 from otau.training.policies.checkpoint import build_policy
 from otau.training.policies.gemma import AdaptiveRMSNorm
 from otau.training.random_checkpoint import SIZES, random_config, write_random_checkpoint
@@ -22,7 +22,7 @@ from otau.training.random_checkpoint import SIZES, random_config, write_random_c
 def test_a_written_checkpoint_loads(tmp_path: Path, policy: str, size: str) -> None:
     facts = write_random_checkpoint(tmp_path / "out", policy, size, seed=3)
     checkpoint = load_checkpoint(tmp_path / "out")
-    assert facts["parameters"] == sum(p.numel() for p in checkpoint.policy.parameters())
+    assert facts["parameters"] == sum(p.numel() for p in checkpoint.load().parameters())
     assert list(tmp_path.iterdir()) == [tmp_path / "out"], "nothing temporary is left"
     assert json.loads((tmp_path / "out" / "train_config.json").read_text())["policy"]["type"] == policy
 

@@ -40,7 +40,7 @@ def ManifestFromCheckpoint(  # noqa: N802 (converters are named <Target>From<Sou
     gates: Sequence[GateResult],
 ) -> Manifest:
     """What the runtime must know of a checkpoint; files and fingerprint are left to the writer."""
-    policy, config = checkpoint.policy, checkpoint.config
+    policy, config = checkpoint.empty, checkpoint.config
     state_in_prompt = "{state}" in policy.prompt_template(config)
     vlm = policy.dims.vlm
     return Manifest(

@@ -30,13 +30,14 @@ from otau.toolchain.graph.export import DecoderStepFromProgram, IngestFromPolicy
 from otau.toolchain.graph.loop import LoopDenoiseSteps
 from otau.toolchain.graph.programs import DenoiseStep
 from otau.toolchain.graph.simplify import count_nodes, count_parameters, simplify
+from otau.toolchain.intake import load_checkpoint
 from otau.toolchain.manifest import GraphSpecFromModel, ManifestFromCheckpoint
 from otau.toolchain.memory import peak_rss_mb, reset_peak_rss
 from otau.toolchain.report import card
 from otau.toolchain.targets import Target
 from otau.toolchain.thresholds import THRESHOLDS
 from otau.toolchain.tokenizer import has_tokenizer, read_tokenizer
-from otau.training.policies import Checkpoint, load_checkpoint
+from otau.training.policies import Checkpoint, FlowPolicy
 
 __all__ = [
     "STAGES",
@@ -93,6 +94,7 @@ class Compilation:
     """None: the checkpoint's, if it has one."""
 
     checkpoint: Checkpoint | None = None
+    policy: FlowPolicy | None = None
     program: DenoiseStep | None = None
     probes: list[Probe] = field(default_factory=list)
     sound: list[Answer] = field(default_factory=list)
@@ -128,17 +130,18 @@ class Compilation:
 def intake(c: Compilation) -> None:
     """Load the checkpoint strictly, and its tokenizer."""
     c.checkpoint = load_checkpoint(c.source)
+    c.policy = c.checkpoint.load()
     c.num_steps = c.num_steps or c.checkpoint.config.num_steps
     folder = c.tokenizer or (c.source if has_tokenizer(c.source) else None)
     if folder is not None:
-        c.tokenizer_json = read_tokenizer(folder, c.checkpoint.policy.dims.vocab)
+        c.tokenizer_json = read_tokenizer(folder, c.policy.dims.vocab)
     else:
         _LOG.warning("no tokenizer was found, so the bundle takes token ids; give one with --tokenizer DIR")
 
 
 def reference(c: Compilation) -> None:
     """Ask the PyTorch policy, sound and damaged, what the gates will ask the engines."""
-    policy = c.checkpoint.policy
+    policy = c.policy
     c.probes = make_probes(policy)
     c.sound = [answer(policy, probe, c.num_steps) for probe in c.probes]
     with damaged(policy):
@@ -149,7 +152,7 @@ def reference(c: Compilation) -> None:
 
 def fold(c: Compilation) -> None:
     """Fold flow time to constants, and judge that against the policy."""
-    c.program = DenoiseStep(c.checkpoint.policy, c.num_steps)
+    c.program = DenoiseStep(c.policy, c.num_steps)
     folded = [folded_actions(c.program, probe, given) for probe, given in zip(c.probes, c.sound, strict=True)]
 
     def error(answers: list[Answer]) -> float:
@@ -161,7 +164,7 @@ def fold(c: Compilation) -> None:
 
 def export(c: Compilation) -> None:
     """Export the three programs to ONNX."""
-    policy = c.checkpoint.policy
+    policy = c.policy
     c.models = {
         "prefix": PrefixFromPolicy(policy),
         "ingest": IngestFromPolicy(policy),
@@ -193,7 +196,7 @@ def write(c: Compilation) -> None:
     if c.tokenizer_json is not None:
         (c.writer.path / "tokenizer.json").write_text(c.tokenizer_json, encoding="utf-8")
     # The weights are in the graphs' files now, and the engines need the memory.
-    c.checkpoint.policy.to("meta")
+    c.policy.to("meta")
     c.models, c.program = {}, None
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from otau.runtime.errors import UsageError, nearest_name
 from otau.training.policies import FAMILIES, FlowPolicy
-from otau.training.policies.checkpoint import WEIGHTS_FILE, build_policy, checkpoint_key, statistics_keys
+from otau.training.policies.checkpoint import build_policy, checkpoint_key, statistics_keys
 from otau.training.policies.config import PolicyConfig
 from otau.training.policies.gemma import GemmaDims
 from otau.training.policies.keys import EMBED_TOKENS, LM_HEAD, TOWERS
@@ -30,6 +30,8 @@ from otau.training.policies.vision import VisionDims
 from otau.training.tokenizer import train_tokenizer
 
 __all__ = ["SIZES", "Size", "random_config", "write_random_checkpoint"]
+
+WEIGHTS_FILE = "model.safetensors"
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,11 @@ class FlowPolicy(nn.Module, ABC):
         """Whether the prefix carries the state as a token."""
         return False
 
+    @property
+    def prefix_parameters(self) -> tuple[str, ...]:
+        """How the names of the prefix's parameters begin; all others are the decoder's."""
+        return ("vision.", "embed_tokens.", "vlm.") + ("state_proj.",) * self.state_in_prefix
+
     @abstractmethod
     def time_condition(self, t: Tensor) -> list[Tensor]:
         """What the velocity field needs of flow time: the part that the compiler folds to constants.
