@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from hypothesis import assume, given
@@ -34,6 +36,66 @@ def test_values_stay_within_the_pictures(height, width):
     frame = letterbox(image, height, width)
     assert frame.min() >= 0
     assert frame.max() <= image.max() + 1e-6
+
+
+@given(SIZES, SIZES, SIZES, SIZES, st.sampled_from([0.0, -1.0]))
+def test_centred_the_free_part_is_halved_and_an_odd_pixel_goes_right_and_below(
+    from_height, from_width, height, width, fill
+):
+    ratio = max(from_width / width, from_height / height)
+    assume(min(from_height, from_width) / ratio >= 1)
+    inside = letterbox_size(from_height, from_width, height, width)
+    picture = np.full((1, 3, from_height, from_width), 0.5, np.float32)
+    frame = letterbox(picture, height, width, padding="centre", fill=fill)
+    is_picture = frame[0, 0] > 0.25
+    for axis, (size, kept) in enumerate(zip((height, width), inside, strict=True)):
+        filled = np.flatnonzero(is_picture.any(axis=1 - axis))
+        before, after = filled[0], size - 1 - filled[-1]
+        assert len(filled) == kept
+        assert before + after == size - kept
+        assert after - before in (0, 1)
+    assert (frame[0][:, ~is_picture] == fill).all()
+
+
+def _triangle_resized(pixels: list[int], size: int) -> list[float]:
+    """One row of bytes resized as Pillow documents it, in exact fractions."""
+    step = Fraction(len(pixels), size)
+    reach = max(step, Fraction(1))
+    row = []
+    for point in range(size):
+        centre = (point + Fraction(1, 2)) * step
+        weights = [max(Fraction(0), 1 - abs(x + Fraction(1, 2) - centre) / reach) for x in range(len(pixels))]
+        value = sum(w * p for w, p in zip(weights, pixels, strict=True)) / sum(weights)
+        row.append(float(value))
+    return row
+
+
+@given(st.lists(st.integers(0, 255), min_size=1, max_size=30), st.integers(1, 12))
+def test_pillows_resizing_is_a_triangle_as_wide_as_a_step(pixels, size):
+    row = np.array(pixels, np.uint8).reshape(1, 1, 1, -1).repeat(3, axis=1).repeat(len(pixels), axis=2)
+    frame = letterbox(row, size, size, resize="pillow")[0, 0]
+    # Rounded to bytes; the weights have 22 bits, so a tie may fall to either side.
+    np.testing.assert_allclose(frame[size // 2] * 255, _triangle_resized(pixels, size), atol=0.501)
+
+
+@pytest.mark.parametrize("shape", [(480, 640), (360, 640), (256, 256), (100, 100), (241, 333), (640, 480)])
+def test_pillows_resizing_is_pillows(shape):
+    image_module = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    height, width = letterbox_size(*shape, 224, 224)
+    resized = image_module.fromarray(image).resize((width, height), image_module.Resampling.BILINEAR)
+    expected = np.zeros((224, 224, 3), np.uint8)
+    top, left = (224 - height) // 2, (224 - width) // 2
+    expected[top : top + height, left : left + width] = np.asarray(resized)
+    got = letterbox(np.moveaxis(image, 2, 0)[None], 224, 224, padding="centre", resize="pillow")[0]
+    np.testing.assert_array_equal(np.rint(np.moveaxis(got, 0, 2) * 255), expected)
+
+
+def test_pillows_resizing_takes_floats_as_bytes():
+    image = np.random.default_rng(0).integers(0, 256, (9, 13, 3), np.uint8)
+    floats = (np.moveaxis(image, 2, 0).astype(np.float32) + np.float32(0.4)) / 255
+    expected = pixels_from_image(image, 5, 5, resize="pillow")
+    np.testing.assert_array_equal(pixels_from_image(floats.clip(0, 1), 5, 5, resize="pillow"), expected)
 
 
 def test_bytes_and_floats_of_the_same_picture_agree():
