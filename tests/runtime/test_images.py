@@ -58,14 +58,16 @@ def test_centred_the_free_part_is_halved_and_an_odd_pixel_goes_right_and_below(
 
 
 def _triangle_resized(pixels: list[int], size: int) -> list[float]:
-    """One row of bytes resized as Pillow documents it, in exact fractions."""
+    """One row of bytes resized as Pillow does it, in exact fractions; it leaves the triangle's outermost tip out."""
     step = Fraction(len(pixels), size)
     reach = max(step, Fraction(1))
     row = []
     for point in range(size):
         centre = (point + Fraction(1, 2)) * step
-        weights = [max(Fraction(0), 1 - abs(x + Fraction(1, 2) - centre) / reach) for x in range(len(pixels))]
-        value = sum(w * p for w, p in zip(weights, pixels, strict=True)) / sum(weights)
+        first = max(0, int(centre - reach + Fraction(1, 2)))
+        last = min(len(pixels), int(centre + reach + Fraction(1, 2)))
+        weights = {x: 1 - abs(x + Fraction(1, 2) - centre) / reach for x in range(first, last)}
+        value = sum(weight * pixels[x] for x, weight in weights.items()) / sum(weights.values())
         row.append(float(value))
     return row
 
