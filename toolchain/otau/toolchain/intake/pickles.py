@@ -111,9 +111,9 @@ class _Interpreter:
                 self.refuse(_REFUSED.get(code, f"the opcode {code!r}"))
             try:
                 operation(self)
-            except (IndexError, KeyError, TypeError, ValueError, struct.error) as error:
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError, struct.error) as error:
                 self.damaged(f"{type(error).__name__}: {str(error)[:200]}")
-        self.damaged(f"more than {_MAX_OPCODES:,} opcodes")
+        return self.damaged(f"more than {_MAX_OPCODES:,} opcodes")
 
     # --- bytes
 
@@ -249,8 +249,11 @@ class _Interpreter:
         if not isinstance(target, dict):
             self.damaged(f"items for a {type(target).__name__}")
         for key, value in zip(values[::2], values[1::2], strict=True):
-            # Tuples are out: one that holds itself twice, 60 times over, takes for ever to hash.
-            if not isinstance(key, (str, bytes, int, float, type(None))):
+            # Tuples are out: one that holds itself twice, 60 times over, takes for ever to hash; and so are
+            # integers that can be chosen to have one hash.
+            if not isinstance(key, (str, bytes, type(None))) and not (
+                type(key) is int and abs(key) < 1 << 60
+            ):
                 self.damaged(f"a dictionary key of type {type(key).__name__}")
             target[key] = value
 
@@ -320,7 +323,7 @@ _OPCODES: dict[bytes, _Operation] = {
     b"b": _Interpreter.build,
     b"Q": _Interpreter.persistent_id,
 }
-"""What torch.save writes in pickle protocols 2 to 5. Sets become lists: nothing here needs their elements hashed."""
+"""What torch.save writes in pickle protocols 2 to 5. Sets become lists: their elements need no hash."""
 
 _REFUSED = {
     b"o": "the opcode OBJ, which makes an instance of any class",

@@ -1,4 +1,4 @@
-"""Entries of a zip file where they lie: only ones that are stored as they are, so that a part of one can be read.
+"""Entries of a zip file where they lie: only ones stored as they are, so that a part of one can be read.
 
 torch.save writes such files. Python's zipfile would take compressed entries, which unpack to a thousand times
 their size, and entries that share bytes; here both are refused, and every size is held against the file's.
@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from otau.runtime.errors import CheckpointError
+from otau.toolchain.intake.files import damaged, read_exactly
 
-__all__ = ["ZipEntry", "read_entries", "read_exactly"]
+__all__ = ["ZipEntry", "read_entries"]
 
 _MAX_DIRECTORY_BYTES = 256 << 20
 _END = struct.Struct("<4s4H2IH")
@@ -33,7 +34,6 @@ class ZipEntry:
 
     start: int
     size: int
-    crc: int
 
 
 def read_entries(handle: int, where: Path) -> dict[str, ZipEntry]:
@@ -55,7 +55,7 @@ def read_entries(handle: int, where: Path) -> dict[str, ZipEntry]:
         if at + _ENTRY.size > len(directory):
             damaged(where, "the list of entries is too short")
         fields = _ENTRY.unpack_from(directory, at)
-        flags, method, crc, packed, unpacked = fields[3], fields[4], *fields[7:10]
+        flags, method, packed, unpacked = fields[3], fields[4], *fields[8:10]
         name_size, extra_size, comment_size, header = fields[10], fields[11], fields[12], fields[16]
         if fields[0] != b"PK\x01\x02":
             damaged(where, "an entry has another signature")
@@ -73,35 +73,13 @@ def read_entries(handle: int, where: Path) -> dict[str, ZipEntry]:
         start = _data_start(handle, header, raw, where, name)
         if start + packed > size:
             damaged(where, f"{name[:200]!r} ends {start + packed - size:,} bytes after the file")
-        entries[name] = ZipEntry(start, packed, crc)
+        entries[name] = ZipEntry(start, packed)
         spans.append((header, start + packed, name))
     spans.sort()
     for (_, end, _), (start, _, name) in zip(spans, spans[1:], strict=False):
         if start < end:
             _refuse(where, name, "two entries that share bytes")
     return entries
-
-
-def read_exactly(handle: int, start: int, size: int, where: Path) -> bytes:
-    """Bytes of a file, all of them.
-
-    Raises:
-        CheckpointError: The file is shorter.
-    """
-    data = os.pread(handle, size, start) if start >= 0 else b""
-    if len(data) != size:
-        damaged(where, f"it ends {size - len(data):,} bytes early")
-    return data
-
-
-def damaged(where: Path, got: str) -> NoReturn:
-    """Raises the error for a file that is not whole."""
-    raise CheckpointError(
-        "the file is damaged, or not what torch.save writes",
-        where=where,
-        got=got,
-        fix="copy the checkpoint again",
-    )
 
 
 def _refuse(where: Path, name: str, got: str) -> NoReturn:
@@ -125,9 +103,7 @@ def _read_directory(handle: int, size: int, where: Path) -> tuple[bytes, int]:
     count, length, start = fields[4], fields[5], fields[6]
     if _FULL16 in (count,) or _FULL32 in (length, start):
         locator_at = tail_start + at - _END64_LOCATOR.size
-        _, _, end_at, _ = _END64_LOCATOR.unpack(
-            read_exactly(handle, locator_at, _END64_LOCATOR.size, where)
-        )
+        _, _, end_at, _ = _END64_LOCATOR.unpack(read_exactly(handle, locator_at, _END64_LOCATOR.size, where))
         if end_at > size:
             damaged(where, "its end record lies outside of it")
         wide = _END64.unpack(read_exactly(handle, end_at, _END64.size, where))
