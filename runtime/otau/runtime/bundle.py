@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from otau.runtime.bundle_files import file_inside, read_inside, refuse_unlisted, verify_files
+from otau.runtime.bundle_files import file_sha256 as file_sha256
 from otau.runtime.errors import BundleError, MismatchError, UsageError, nearest_name
 from otau.runtime.manifest import (
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
     STATS_NAME,
     decode_manifest,
+    encode_manifest,
 )
-from otau.runtime.spec import FileSpec, Manifest, VectorSpec
+from otau.runtime.signature import (
+    MAX_SIGNATURE_BYTES,
+    MAX_SIGNATURES,
+    SIGNATURE_NAME,
+    KeyPaths,
+    Requirement,
+    Signature,
+    decode_signatures,
+    read_requirements,
+    refuse_unsigned,
+    sign_manifest,
+    write_signatures,
+)
+from otau.runtime.spec import Manifest, VectorSpec
 
 if TYPE_CHECKING:
+    import numpy as np
     from tokenizers import Tokenizer
 
-__all__ = ["Bundle", "file_sha256"]
+    from otau.runtime.ed25519 import SigningKey
+
+__all__ = ["Bundle"]
 
 _CHECKPOINT_FILES = ("train_config.json", "config.json", "hf_config.json", "model.safetensors", "latest")
-_CACHES = "engines/"
-"""Where files may lie that the manifest does not list."""
-_HASH_CHUNK = 4 * 1024 * 1024
 
 
 class Bundle:
@@ -35,37 +48,96 @@ class Bundle:
 
     Files in the directory that the manifest does not list are refused, for a graph could name one of
     them as its weights. Only below `engines/`, where caches may be built later, they may lie; they are
-    never opened.
+    never opened. `signature.json` is not listed either: see `otau.runtime.signature`.
 
     Attributes:
         path: The bundle's directory.
         manifest: What is in the bundle.
+        signatures: What `signature.json` says. None of it is checked but what opening required.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: Manifest, signatures: Sequence[Signature] = ()) -> None:
         """Use `Bundle.open`, which verifies."""
         self.path = path
         self.manifest = manifest
+        self.signatures = tuple(signatures)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Bundle:
+    def open(cls, path: str | os.PathLike[str], *, require_signature: KeyPaths | None = None) -> Bundle:
         """Reads the manifest and verifies the size and the SHA-256 of every file that it lists.
 
+        Where a signature is required, it is verified before anything else of the bundle is looked at. The
+        environment variable OTAU_REQUIRE_SIGNATURE, absolute paths of public keys separated by colons,
+        requires one whenever a bundle is opened, whatever the caller asks for.
+
+        Args:
+            path: The bundle's directory.
+            require_signature: A public key (PEM), or several of which one must have signed the bundle.
+
         Raises:
-            UsageError: `path` is no bundle.
-            MismatchError: The manifest's schema version is not this otau's.
-            BundleError: The manifest or a listed file was changed, is missing, or lies outside, or the
-                directory has a file that is not listed.
+            UsageError: `path` is no bundle, or a key cannot be read.
+            MismatchError: The manifest's schema version is not this otau's, or the bundle is signed, but
+                not by a required key.
+            MissingDependencyError: A signature is required, and the extra `sign` is not installed.
+            BundleError: The manifest or a listed file was changed, is missing, or lies outside; the
+                directory has a file that is not listed; or a required signature is missing or does not fit.
         """
-        root = Path(path)
-        if not (root / MANIFEST_NAME).is_file():
-            raise _not_a_bundle(root)
+        return cls._verified(Path(path), read_requirements(require_signature))
+
+    @classmethod
+    def open_to_sign(cls, path: str | os.PathLike[str]) -> Bundle:
+        """Opens and verifies a bundle that need not be signed yet, whatever the machine's policy.
+
+        Raises:
+            UsageError, MismatchError, BundleError: As `open`, without what concerns required signatures.
+        """
+        return cls._verified(Path(path), ())
+
+    @classmethod
+    def _verified(cls, root: Path, requirements: Sequence[Requirement]) -> Bundle:
         where = root / MANIFEST_NAME
-        manifest = decode_manifest(_read_manifest(root), where)
-        for name, spec in manifest.files.items():
-            _verify(root, name, spec)
-        _refuse_unlisted(root, manifest)
-        return cls(root, manifest)
+        if not where.is_file():
+            raise _not_a_bundle(root)
+        data = read_inside(root, MANIFEST_NAME, MAX_MANIFEST_BYTES)
+        signatures = _read_signatures(root)
+        for requirement in requirements:
+            refuse_unsigned(data, signatures, requirement, root)
+        manifest = decode_manifest(data, where)
+        if SIGNATURE_NAME in manifest.files:
+            raise BundleError(f"the bundle's manifest lists {SIGNATURE_NAME}, which signs it", where=where)
+        verify_files(root, manifest.files)
+        refuse_unlisted(root, {MANIFEST_NAME, SIGNATURE_NAME, *manifest.files})
+        return cls(root, manifest, signatures)
+
+    def sign(self, key: SigningKey) -> Bundle:
+        """Signs the bundle as it was when it was opened; a signature of the same key is replaced.
+
+        Returns:
+            The signed bundle.
+
+        Raises:
+            UsageError: There are too many signatures, or the file cannot be written.
+        """
+        entry = sign_manifest(encode_manifest(self.manifest), key)
+        others = [other for other in self.signatures if other.public_key != entry.public_key]
+        signatures = (*others, entry)
+        if len(signatures) > MAX_SIGNATURES:
+            raise UsageError(
+                "the bundle has as many signatures as it may have",
+                where=self.path / SIGNATURE_NAME,
+                got=", ".join(other.key_id for other in others),
+                fix="remove the file, and sign again with the keys that count",
+            )
+        try:
+            write_signatures(self.path, signatures)
+        except OSError as error:
+            raise UsageError(
+                "the signature cannot be written beside and into the bundle",
+                where=self.path,
+                got=error,
+                fix="sign a copy in a directory that you may write to",
+            ) from error
+        return Bundle(self.path, self.manifest, signatures)
 
     def file(self, name: str) -> Path:
         """The path of a file that the manifest lists.
@@ -80,7 +152,7 @@ class Bundle:
                 got=name,
                 fix=nearest_name(name, self.manifest.files),
             )
-        return _inside(self.path, name)
+        return file_inside(self.path, name)
 
     def graph(self, name: str) -> Path:
         """The path of the ONNX model of `prefix`, `ingest` or `decoder`."""
@@ -196,115 +268,9 @@ def _not_a_bundle(root: Path) -> UsageError:
     )
 
 
-def _read_manifest(root: Path) -> bytes:
-    """The manifest's bytes, never more than the bound."""
-    where = _inside(root, MANIFEST_NAME)
-    try:
-        with where.open("rb") as file:
-            data = file.read(MAX_MANIFEST_BYTES + 1)
-    except OSError as error:
-        raise BundleError("the bundle's manifest cannot be read", where=where, got=error) from error
-    if len(data) > MAX_MANIFEST_BYTES:
-        raise BundleError(
-            "the bundle's manifest is too large",
-            where=where,
-            expected=f"at most {MAX_MANIFEST_BYTES} bytes",
-            got=f"{where.stat().st_size} bytes",
-        )
-    return data
-
-
-def _inside(root: Path, name: str) -> Path:
-    """The path of a listed file, refused where it is not a plain file inside the bundle.
-
-    Symbolic links are followed first: one that stays inside is fine, one that leaves is not.
-    """
-    pure = PurePosixPath(name)
-    plain = name.isprintable() and "\\" not in name and str(pure) == name
-    if not plain or pure.is_absolute() or ".." in pure.parts or not pure.parts:
-        raise BundleError(
-            "the bundle lists a path that is not a plain relative one",
-            where=root,
-            got=repr(name),
-            fix="do not use this bundle; compile the checkpoint again",
-        )
-    path = root / name
-    try:
-        real = path.resolve(strict=True)
-        regular = real.is_file()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise BundleError(
-            "a file of the bundle is missing",
-            where=path,
-            got=error,
-            fix="copy the bundle again, or compile the checkpoint again",
-        ) from error
-    if not real.is_relative_to(root.resolve()):
-        raise BundleError(
-            "a file of the bundle lies outside of it",
-            where=path,
-            got=real,
-            fix="replace symbolic links by the files: cp -rL BUNDLE COPY",
-        )
-    if not regular:
-        raise BundleError("an entry of the bundle is not a file", where=path, expected="a regular file")
-    return path
-
-
-def _verify(root: Path, name: str, spec: FileSpec) -> None:
-    """Refuses a file whose size or hash is not the manifest's; reads no more than the listed size."""
-    path = _inside(root, name)
-    fix = "copy the bundle again, or compile the checkpoint again"
-    try:
-        size = path.stat().st_size
-        digest = file_sha256(path) if size == spec.bytes else ""
-    except OSError as error:
-        raise BundleError("a file of the bundle cannot be read", where=path, got=error, fix=fix) from error
-    if size != spec.bytes:
-        raise BundleError(
-            "a file of the bundle has another size than when it was written",
-            where=path,
-            expected=f"{spec.bytes} bytes",
-            got=f"{size} bytes",
-            fix=fix,
-        )
-    if digest != spec.sha256:
-        raise BundleError(
-            "a file of the bundle was changed after it was written",
-            where=path,
-            expected=f"SHA-256 {spec.sha256[:80]}",
-            got=f"SHA-256 {digest}",
-            fix=fix,
-        )
-
-
-def _refuse_unlisted(root: Path, manifest: Manifest) -> None:
-    """Refuses entries that were not verified."""
-    listed = {MANIFEST_NAME, *manifest.files}
-    # A link to a directory is fine where a listed file is reached by it.
-    parents = {str(parent) for name in listed for parent in PurePosixPath(name).parents}
-    strangers = []
-    for folder, directories, files in os.walk(root):
-        base = Path(folder)
-        linked = [name for name in directories if (base / name).is_symlink()]
-        names = [(base / name).relative_to(root).as_posix() for name in files + linked]
-        strangers += [name for name in names if name not in listed | parents]
-    strangers = sorted(name for name in strangers if not name.startswith(_CACHES))
-    if strangers:
-        shown = ", ".join(map(repr, strangers[:5]))
-        raise BundleError(
-            "the bundle's directory has files that its manifest does not list",
-            where=root,
-            expected=f"the listed files, and anything below {_CACHES}",
-            got=shown if len(strangers) <= 5 else f"{shown} and {len(strangers) - 5} more",
-            fix="remove them, or compile the checkpoint again",
-        )
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file in hex, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_HASH_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+def _read_signatures(root: Path) -> tuple[Signature, ...]:
+    """What `signature.json` says; nothing where there is none."""
+    where = root / SIGNATURE_NAME
+    if not os.path.lexists(where):
+        return ()
+    return decode_signatures(read_inside(root, SIGNATURE_NAME, MAX_SIGNATURE_BYTES), where)

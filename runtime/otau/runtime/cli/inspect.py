@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from otau.runtime.errors import UsageError
+from otau.runtime.cli.options import RequireSignature
+from otau.runtime.errors import MissingDependencyError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from otau.runtime.bundle import Bundle
     from otau.runtime.checkpoint_facts import CheckpointFacts
-    from otau.runtime.spec import Manifest
 
 __all__ = ["inspect"]
 
 
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="BUNDLE|CHECKPOINT", help="The directory to look into.")],
+    require_signature: RequireSignature = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Show what is in a bundle or a checkpoint.
 
-    A bundle is verified first: hashes, schema, consistency. Of a checkpoint, only the configuration
-    and the headers of the weights are read.
+    A bundle is verified first: hashes, schema, consistency. Its signatures are shown with whether they
+    fit; that they are of somebody you trust, only --require-signature finds out. Of a checkpoint, only
+    the configuration and the headers of the weights are read.
 
     Example: otau inspect my_bundle
     """
@@ -41,11 +44,17 @@ def inspect(
     if not path.is_dir():
         raise UsageError("there is no such directory", where=path)
     if (path / MANIFEST_NAME).exists():
-        manifest = Bundle.open(path).manifest
-        document = {"kind": "bundle", "path": str(path), "manifest": msgspec.to_builtins(manifest)}
+        bundle = Bundle.open(path, require_signature=require_signature)
+        signatures = _signatures(bundle)
+        manifest = msgspec.to_builtins(bundle.manifest)
+        document = {"kind": "bundle", "path": str(path), "signatures": signatures, "manifest": manifest}
         if not json_output:
-            _print_bundle(Console(), path, manifest)
+            _print_bundle(Console(), bundle, signatures)
     else:
+        if require_signature:
+            raise UsageError(
+                "this is no bundle, and only bundles are signed", where=path, expected=MANIFEST_NAME
+            )
         facts = read_checkpoint_facts(path)
         document = {"kind": "checkpoint", **msgspec.to_builtins(facts)}
         if not json_output:
@@ -54,17 +63,41 @@ def inspect(
         typer.echo(json.dumps(document, indent=2))
 
 
-def _print_bundle(console: Console, path: Path, manifest: Manifest) -> None:
+def _signatures(bundle: Bundle) -> list[dict[str, Any]]:
+    """The bundle's signatures; `valid` is null where that cannot be found out here."""
+    import msgspec
+
+    from otau.runtime.manifest import encode_manifest
+    from otau.runtime.signature import verifies
+
+    found = []
+    for entry in bundle.signatures:
+        valid: bool | None
+        try:
+            valid = verifies(entry, encode_manifest(bundle.manifest))
+        except MissingDependencyError:
+            valid = None
+        found.append({**msgspec.to_builtins(entry), "valid": valid})
+    return found
+
+
+def _print_bundle(console: Console, bundle: Bundle, signatures: list[dict[str, Any]]) -> None:
     """A bundle for people."""
     from otau.runtime.manifest import GRAPHS
 
+    manifest = bundle.manifest
+    words = {True: "valid", False: "NOT VALID", None: "not checked: pip install 'otau[sign]'"}
     flow, norm, prompt = manifest.flow, manifest.norm, manifest.prompt
     _print_facts(
         console,
-        f"bundle {path}",
+        f"bundle {bundle.path}",
         {
             "policy": f"{manifest.policy}, {manifest.precision} for {manifest.target} on {manifest.engine}",
             "fingerprint": manifest.fingerprint,
+            "signatures": ", ".join(
+                f"{entry['key_id']} ({entry['algorithm']}), {words[entry['valid']]}" for entry in signatures
+            )
+            or "unsigned",
             "cameras": ", ".join(
                 f"{camera.name} {camera.height}x{camera.width}" for camera in manifest.cameras
             )
