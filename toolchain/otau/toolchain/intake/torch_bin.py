@@ -27,8 +27,8 @@ def is_torch_bin(folder: Path) -> bool:
 def open_torch_bin(folder: Path) -> OpenedCheckpoint:
     """Open a file of torch.save, or the shards that its index names; nothing in them is run.
 
-    The weights may be wrapped, as `{"state_dict": ...}`, `{"model": ...}` or `{"module": ...}`. A tensor under
-    several names is one `StoredTensor` under all of them.
+    The weights may be wrapped, as `{"state_dict": ...}`, `{"model": ...}` or `{"module": ...}`. A tensor
+    under several names is one `StoredTensor` under all of them.
 
     Raises:
         CheckpointError: A file is damaged, missing or asks to run code, or the index does not agree with it.
@@ -61,9 +61,8 @@ def _read_weights(path: Path) -> Mapping[str, TorchTensor]:
     """The tensors of a file by name, out of what they are wrapped in."""
     value: Any = read_torch_file(path)
     for _ in _WRAPPERS:
-        if not isinstance(value, dict) or any(isinstance(entry, TorchTensor) for entry in value.values()):
-            break
-        value = next((value[key] for key in _WRAPPERS if isinstance(value.get(key), dict)), None)
+        if isinstance(value, dict):
+            value = next((value[key] for key in _WRAPPERS if isinstance(value.get(key), dict)), value)
     if not isinstance(value, dict) or not value:
         _refuse(path, f"a {type(value).__name__}" if value else "no tensors")
     # Modules may save more than tensors in their state (`_extra_state`), which is of no use to a policy.
