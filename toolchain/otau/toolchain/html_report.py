@@ -18,10 +18,10 @@ from otau.toolchain.html.accuracy import (
     kv_error_section,
     noise_floor_section,
 )
-from otau.toolchain.html.bars import headroom
+from otau.toolchain.html.bars import headroom, headroom_text
 from otau.toolchain.html.costs import graphs_section, pipeline_section
 from otau.toolchain.html.elements import Child, Markup, table, tag
-from otau.toolchain.html.numbers import bytes_text, count_text, duration, memory, times
+from otau.toolchain.html.numbers import bytes_text, count_text, duration, memory
 
 __all__ = ["html_report"]
 
@@ -39,11 +39,9 @@ def _verdict(gates: Sequence[Mapping[str, Any]]) -> Markup:
         said.append(f"The negative control did not fail, so the gate shows nothing: {', '.join(blind)}.")
     if said:
         return tag("p", " ".join(said), class_="verdict failed")
-    one = "The gate" if len(gates) == 1 else f"All {len(gates)} gates"
-    rooms = [(headroom(gate.get("value"), gate.get("limit")), gate["name"]) for gate in gates]
-    room, name = min(rooms)
-    tightest = f"the tightest, {name}, is {times(room)} below its limit."
-    return tag("p", f"{one} passed; {tightest}", class_="verdict")
+    tightest = min(gates, key=headroom)
+    room = f"tightest: {tightest['name']}, headroom {headroom_text(tightest)}"
+    return tag("p", f"All {len(gates)} of {len(gates)} gates passed; {room}.", class_="verdict")
 
 
 def _facts(report: Mapping[str, Any]) -> Markup:

@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from otau.toolchain.html.bars import HeadroomBars, headroom
+from otau.toolchain.html.bars import HeadroomBars, headroom_text
 from otau.toolchain.html.elements import Child, figure, number_cell, number_head, table, tag
 from otau.toolchain.html.heat_map import heat_map
 from otau.toolchain.html.layer_plot import Series, compare_magnitudes, plot_layers
 from otau.toolchain.html.multiples import chunk_multiples
-from otau.toolchain.html.numbers import error_text, is_finite, times
+from otau.toolchain.html.numbers import error_text, is_finite
 
 __all__ = [
     "action_error_section",
@@ -30,14 +30,13 @@ def gates_section(report: Mapping[str, Any]) -> Child:
     bars = HeadroomBars(gates)
 
     def row(gate: Mapping[str, Any]) -> list[Child]:
-        room = headroom(gate.get("value"), gate.get("limit"))
         control = {True: "yes", False: tag("td", "NO", class_="failed-word")}
         return [
             gate["name"],
             "passed" if gate.get("passed") else tag("td", "FAILED", class_="failed-word"),
             number_cell(error_text(gate.get("value"))),
             number_cell(error_text(gate.get("limit"))),
-            number_cell("exact" if gate.get("value") == 0 else times(room) if room else "none"),
+            number_cell(headroom_text(gate)),
             tag("td", bars.bar(gate)),
             control.get(gate.get("control_failed"), "not run"),
             tag("td", gate.get("metric"), class_="long"),
@@ -69,7 +68,7 @@ def kv_error_section(report: Mapping[str, Any]) -> Child:
         return None
     said = "Compiled: largest error of a layer, relative to its scale (its largest magnitude, at least 1)."
     if len(series) > 2:
-        said += " bf16: the noise floor, relative RMS of a run in bf16 against fp32; it has another metric."
+        said += " bf16: the noise floor, relative RMS of a run in bf16 against fp32, which is another metric."
     drawn = [value for each in series for value in each.values]
     if 0 in drawn:
         said += " Open marker at the bottom: exactly 0."

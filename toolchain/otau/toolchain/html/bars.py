@@ -9,7 +9,7 @@ from otau.toolchain.html.elements import Markup, svg, tag
 from otau.toolchain.html.numbers import is_finite, times
 from otau.toolchain.html.scales import LogScale
 
-__all__ = ["HeadroomBars", "change_bars", "headroom", "span_bar"]
+__all__ = ["HeadroomBars", "change_bars", "headroom", "headroom_text", "span_bar"]
 
 _WIDTH = 160.0
 _MOST = 1e6
@@ -41,8 +41,9 @@ def change_bars(title: str, before: float, after: float, most: float) -> Markup:
     )
 
 
-def headroom(value: float | None, limit: float | None) -> float:
-    """How many times a value is below its limit: below 1 it is over it; 0 if it is not finite."""
+def headroom(gate: Mapping[str, Any]) -> float:
+    """How many times a gate's value is below its limit: below 1 it is over it; 0 if it is not finite."""
+    value, limit = gate.get("value"), gate.get("limit")
     if not is_finite(value) or not is_finite(limit):
         return 0.0
     if value <= 0:
@@ -50,12 +51,19 @@ def headroom(value: float | None, limit: float | None) -> float:
     return min(limit / value, _MOST)
 
 
+def headroom_text(gate: Mapping[str, Any]) -> str:
+    """A gate's headroom: `83x`, `0.02x`, `exact`, `none`."""
+    if gate.get("value") == 0:
+        return "exact"
+    return times(headroom(gate)) if headroom(gate) else "none"
+
+
 class HeadroomBars:
     """Bars of gates on one logarithmic axis: from the limit to the right, or to the left if over it."""
 
     def __init__(self, gates: Iterable[Mapping[str, Any]]) -> None:
         """Take the axis from the gates that will be drawn."""
-        rooms = [headroom(gate.get("value"), gate.get("limit")) for gate in gates]
+        rooms = [headroom(gate) for gate in gates]
         # What is exact, or not finite, is drawn to the end of the axis and must not stretch it.
         inner = [max(room, 1 / _MOST) for room in rooms if 0 < room < _MOST]
         lowest = [] if all(rooms) else [0.1]
@@ -75,10 +83,10 @@ class HeadroomBars:
 
     def bar(self, gate: Mapping[str, Any]) -> Markup:
         """The bar of one gate."""
-        room = headroom(gate.get("value"), gate.get("limit"))
+        room = headroom(gate)
         limit, end = self.scale(1.0), self.scale(room)
         return svg(
-            f"{times(room)} below the limit" if room else "no headroom",
+            f"headroom: {headroom_text(gate)}",
             _WIDTH + 70,
             14,
             tag(

@@ -123,7 +123,7 @@ def table(
         "div",
         tag(
             "table",
-            tag("caption", caption),
+            tag("caption", tag("span", caption)),
             tag("thead", tag("tr", [tag("th", column, scope="col") for column in columns])),
             tag("tbody", [row(cells) for cells in rows]),
             tag("tfoot", row(foot)) if foot else None,

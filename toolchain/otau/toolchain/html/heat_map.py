@@ -12,7 +12,7 @@ from otau.toolchain.html.scales import LinearScale
 __all__ = ["heat_map", "level", "level_edges"]
 
 _MOST_COLUMNS = 250
-_LEFT, _TOP, _PLOT = 46.0, 6.0, 660.0
+_LEFT, _TOP, _PLOT = 46.0, 20.0, 660.0
 
 ZERO, OVER, NOT_FINITE = 0, 8, 11
 """Levels: exactly 0; from here on above the limit, by more and more; not finite."""
@@ -87,7 +87,7 @@ def heat_map(title: str, errors: Sequence[Sequence[float | None]], limit: float 
         [max(level(row[dim], edges) for row in errors[start : start + bundle]) for dim in range(dims)]
         for start in range(0, steps, bundle)
     ]
-    width, height = min(_PLOT / len(levels), 36.0), min(max(420 / dims, 6.0), 14.0)
+    width, height = min(_PLOT / len(levels), 36.0), min(max(420 / dims, 6.0), 18.0)
     right, bottom = _LEFT + width * len(levels), _TOP + height * dims
     # Labels sit in the middle of their cells.
     half = width / 2 / bundle
@@ -100,10 +100,9 @@ def heat_map(title: str, errors: Sequence[Sequence[float | None]], limit: float 
             for d in y.whole_ticks(max(int((bottom - _TOP) / 14), 1))
         ),
     ]
-    middle = (_TOP + bottom) / 2
     axes = [
         tag("text", "step in the chunk [control ticks]", x=_LEFT, y=bottom + 30),
-        tag("text", "dimension", transform=f"translate(12 {middle:g}) rotate(-90)", text_anchor="middle"),
+        tag("text", "dimension", x=_LEFT, y=_TOP - 8),
         tag("rect", x=_LEFT, y=_TOP, width=right - _LEFT, height=bottom - _TOP, class_="frame"),
     ]
     legend = _legend({shade for column in levels for shade in column}, edges, bottom + 52, limited)

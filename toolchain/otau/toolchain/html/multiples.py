@@ -10,7 +10,7 @@ from otau.toolchain.html.scales import LinearScale
 
 __all__ = ["chunk_multiples", "largest_difference", "shown_steps"]
 
-_WIDTH, _HEIGHT = 220.0, 92.0
+_WIDTH, _HEIGHT = 190.0, 92.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48.0, 6.0, 6.0, 20.0
 _MOST_STEPS = 300
 
@@ -77,7 +77,7 @@ def _plot(dim: int, reference: Line, compiled: Line) -> Markup:
         tag("path", d=_path(reference, steps, x, y), class_="reference"),
         tag("path", d=_path(compiled, steps, x, y), class_="compiled"),
     )
-    caption = [tag("b", f"dimension {dim}"), tag("span", f"{difference} at step {at}")]
+    caption = [tag("b", f"dimension {dim}"), tag("span", difference), tag("span", f"at step {at}")]
     return tag("figure", picture, tag("figcaption", caption))
 
 

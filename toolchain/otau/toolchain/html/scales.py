@@ -38,13 +38,14 @@ class LinearScale:
 
 @dataclass(frozen=True)
 class LogScale:
-    """From [10**low, 10**high] to [start, end], in pixels; values outside go to the nearer end, 0 to `zero`."""
+    """From [10**low, 10**high] to [start, end], in pixels; values outside go to the nearer end."""
 
     low: int
     high: int
     start: float
     end: float
     zero: float
+    """The place of 0."""
 
     @classmethod
     def over(cls, values: Iterable[float | None], start: float, end: float, gap: float = 0.0) -> LogScale:
