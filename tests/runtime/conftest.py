@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from otau.runtime.bundle_writer import BundleWriter
 from otau.runtime.manifest import manifest_fingerprint
 from otau.runtime.spec import (
+    SCHEMA_VERSION,
     CameraSpec,
     FileSpec,
     FlowSpec,
@@ -23,6 +24,7 @@ from otau.runtime.spec import (
     GraphSpec,
     Manifest,
     NormSpec,
+    PictureSpec,
     PromptSpec,
     TensorSpec,
     VectorSpec,
@@ -107,13 +109,14 @@ def write_bundle(out: Path, route: str = "prompt", *, tokenizer: bool = True, **
 def tiny_manifest(route: str = "prompt", tokenizer: bool = True) -> Manifest:
     rtc = route != "decoder"
     return Manifest(
-        schema=1,
+        schema=SCHEMA_VERSION,
         fingerprint="",
         policy="pi05" if rtc else "pi0",
         target="cpu",
         engine="onnxruntime",
         precision="fp32",
         cameras=tuple(CameraSpec(name=name, height=SIZE, width=SIZE) for name in CAMERAS),
+        pictures=PictureSpec(padding="left_top", resize="bilinear", fill=0.0),
         empty_cameras=0,
         state=VectorSpec(dim=STATE, max_dim=MAX_STATE, names=("x", "y", "z"), units=("m", "m", "m")),
         state_route=route,  # type: ignore[arg-type]
@@ -129,10 +132,14 @@ def tiny_manifest(route: str = "prompt", tokenizer: bool = True) -> Manifest:
         ),
         prompt=PromptSpec(
             template="Task: {task}, State: {state};\n" if route == "prompt" else "{task}\n",
+            clean_task=False,
+            state_bins="clip",
+            state_dims=STATE if route == "prompt" else None,
             max_length=LENGTH,
             state_open="State: " if route == "prefix" else None,
             state_close=":\n" if route == "prefix" else None,
             tokenizer="tokenizer.json" if tokenizer else None,
+            response_left_out=False,
         ),
         flow=FlowSpec(
             num_steps=10,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import numpy as np
@@ -59,14 +62,24 @@ def recording(tmp_path):
 def test_help_lists_every_verb_with_a_line():
     done = otau("--help")
     assert done.returncode == 0
-    for verb in ("compile", "doctor", "infer", "init", "inspect", "run"):
+    for verb in ("compile", "doctor", "infer", "init", "inspect", "run", "sign"):
         assert f"\n  {verb} " in done.stdout
 
 
-@pytest.mark.parametrize("verb", ["infer", "inspect", "doctor"])
+@pytest.mark.parametrize("verb", ["infer", "inspect", "doctor", "sign"])
 def test_the_help_of_a_verb_has_an_example_and_imports_nothing_heavy(verb, tmp_path):
     # Packages of these names that cannot be imported stand for their absence.
-    for name in ("torch", "onnx", "transformers", "onnxruntime", "tokenizers", "safetensors", "mujoco"):
+    for name in (
+        "torch",
+        "onnx",
+        "transformers",
+        "onnxruntime",
+        "tokenizers",
+        "safetensors",
+        "mujoco",
+        "numpy",
+        "cryptography",
+    ):
         (tmp_path / f"{name}.py").write_text("raise ImportError('not here')")
     done = otau(verb, "--help", env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert done.returncode == 0, done.stderr
@@ -155,7 +168,7 @@ def test_a_damaged_bundle_exits_by_the_class_of_its_error(bundle, tmp_path):
     file.write_bytes(damaged)
     refused(otau("infer", bundle, "--dummy", "--save", out), 1, "decoder.onnx", "changed")
     (bundle / "manifest.json").write_text('{"schema": 99}')
-    refused(otau("infer", bundle, "--dummy", "--save", out), 3, "schema 99", "schema 1")
+    refused(otau("infer", bundle, "--dummy", "--save", out), 3, "schema 99", "schema 2")
     refused(otau("infer", tmp_path / "nowhere", "--dummy"), 2, "no such bundle")
     assert not out.exists()
 
@@ -233,10 +246,31 @@ def test_a_signal_while_the_command_line_itself_is_imported(tmp_path):
     assert (process.returncode, err) == (130, "interrupted\n")
 
 
-def test_the_entry_point_does_not_wait_for_typer_before_signals_are_caught():
-    code = "import sys, otau.runtime.cli; print('typer' in sys.modules)"
+def test_signals_are_caught_before_anything_slow_is_imported():
+    code = "import sys, otau.runtime.cli; print({*sys.modules} & {'typer', 'numpy', 'msgspec', 'rich'})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
+    assert done.stdout == "set()\n"
+
+
+def test_public_names_are_imported_when_they_are_asked_for():
+    code = """if True:
+        import sys
+        import otau.runtime
+        assert {*otau.runtime.__all__} <= {*dir(otau.runtime)}
+        assert not {*sys.modules} & {"numpy", "msgspec", "otau.runtime.bundle", "otau.runtime.errors"}
+        for name in otau.runtime.__all__:
+            scope = {}
+            exec(f"from otau.runtime import {name}", scope)
+            assert scope[name].__name__ == name
+            assert vars(otau.runtime)[name] is scope[name]
+        try:
+            otau.runtime.Polcy
+        except AttributeError as error:
+            print(error)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    assert done.stdout == "module 'otau.runtime' has no attribute 'Polcy'\n"
 
 
 @pytest.mark.parametrize("verb", ["talk", "inspect", "inspect --json"])
@@ -278,6 +312,115 @@ def test_inspect_shows_a_bundle(bundle):
 def test_inspect_verifies(bundle):
     (bundle / "README.md").unlink()
     refused(otau("inspect", bundle), 1, "missing", "README.md")
+
+
+@pytest.fixture
+def key(bundle, tmp_path):
+    """A new private key, which has signed the bundle; its public key is beside it."""
+    done = otau("sign", bundle, "--new-key", tmp_path / "key.pem")
+    assert done.returncode == 0, done.stderr
+    assert "not encrypted" in done.stdout
+    return tmp_path / "key.pem"
+
+
+def test_sign_and_inspect_agree(bundle, key):
+    public = key.with_suffix(".pub")
+    document = json.loads(otau("sign", bundle, "--key", key, "--json").stdout)
+    assert document["key_ids"] == [document["key_id"]]
+    inspected = json.loads(otau("inspect", bundle, "--json", "--require-signature", public).stdout)
+    (entry,) = inspected["signatures"]
+    assert (entry["key_id"], entry["valid"]) == (document["key_id"], True)
+    assert inspected["manifest"]["fingerprint"] == document["fingerprint"]
+    text = otau("inspect", bundle).stdout
+    assert f"{entry['key_id']} (ed25519), valid" in " ".join(text.split())
+
+
+def test_inspect_tells_signatures_that_do_not_fit_cannot_be_checked_or_are_not_there(
+    bundle, key, make_bundle, tmp_path
+):
+    other = make_bundle(tmp_path / "other", policy="pi0")
+    assert "unsigned" in otau("inspect", other).stdout
+    (other / "signature.json").write_bytes((bundle / "signature.json").read_bytes())
+    assert "NOT VALID" in otau("inspect", other).stdout
+    (tmp_path / "absent").mkdir()
+    (tmp_path / "absent/cryptography.py").write_text("raise ImportError('not here')")
+    without = {"env": {**os.environ, "PYTHONPATH": str(tmp_path / "absent")}}
+    assert "not checked" in otau("inspect", bundle, **without).stdout
+    assert json.loads(otau("inspect", bundle, "--json", **without).stdout)["signatures"][0]["valid"] is None
+    required = otau("inspect", bundle, "--require-signature", key.with_suffix(".pub"), **without)
+    refused(required, 3, "otau[sign]")
+    refused(otau("sign", bundle, "--key", key, **without), 3, "otau[sign]")
+
+
+def test_a_required_signature_refuses_by_exit_code(bundle, key, make_bundle, tmp_path, golden):
+    public = key.with_suffix(".pub")
+    unsigned = make_bundle(tmp_path / "unsigned")
+    refused(otau("inspect", unsigned, "--require-signature", public), 1, "not signed")
+    otau("sign", unsigned, "--new-key", tmp_path / "other.pem")
+    refused(otau("inspect", unsigned, "--require-signature", public), 3, "not by a key")
+    both = ("--require-signature", public, "--require-signature", tmp_path / "other.pub")
+    assert otau("inspect", unsigned, *both).returncode == 0
+    policy = {"env": {**os.environ, "OTAU_REQUIRE_SIGNATURE": str(public)}}
+    refused(otau("infer", unsigned, "--dummy", **policy), 3, "OTAU_REQUIRE_SIGNATURE")
+    assert otau("infer", bundle, "--dummy", **policy).returncode == 0
+    # Signing is not opening: what is not signed yet can be.
+    assert otau("sign", unsigned, "--key", key, **policy).returncode == 0
+    assert otau("infer", unsigned, "--dummy", **policy).returncode == 0
+    refused(otau("inspect", golden / "pi0", "--require-signature", public), 2, "only bundles are signed")
+
+
+def test_sign_refuses_what_it_cannot_vouch_for(bundle, key, tmp_path):
+    refused(otau("sign", bundle), 2, "--key", "--new-key")
+    refused(otau("sign", bundle, "--key", key, "--new-key", tmp_path / "new.pem"), 2, "--key", "--new-key")
+    refused(otau("sign", bundle, "--key", key.with_suffix(".pub")), 2, "public key")
+    refused(otau("sign", bundle, "--new-key", key), 2, "overwritten")
+    refused(otau("sign", bundle, "--new-key", bundle / "new.pem"), 2, "lie in the bundle")
+    refused(otau("sign", tmp_path / "nowhere", "--key", key), 2, "no such bundle")
+    (bundle / "README.md").write_text("changed")
+    refused(otau("sign", bundle, "--new-key", tmp_path / "new.pem"), 1, "README.md")
+    assert not (tmp_path / "new.pem").exists()
+
+
+@pytest.fixture
+def encrypted(tmp_path):
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    lock = serialization.BestAvailableEncryption("gehe\u0131m".encode())
+    formats = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, lock
+    (tmp_path / "locked.pem").write_bytes(Ed25519PrivateKey.generate().private_bytes(*formats))
+    (tmp_path / "locked.pem").chmod(0o600)
+    return tmp_path / "locked.pem"
+
+
+def test_the_password_comes_from_the_environment(bundle, encrypted):
+    for password, code in (("gehe\u0131m", 0), ("guess", 2)):
+        done = otau("sign", bundle, "--key", encrypted, env={**os.environ, "OTAU_KEY_PASSWORD": password})
+        assert done.returncode == code, done.stderr
+    refused(otau("sign", bundle, "--key", encrypted, stdin=subprocess.DEVNULL), 2, "OTAU_KEY_PASSWORD")
+
+
+def test_the_password_is_asked_for_on_a_terminal(bundle, encrypted):
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [BIN / "otau", "sign", bundle, "--key", encrypted],
+        stdin=theirs,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        # getpass asks the controlling terminal, which this makes it.
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    shown = b""
+    while b"password" not in shown:
+        shown += os.read(ours, 100)
+    os.write(ours, "gehe\u0131m\n".encode())
+    out, err = process.communicate(timeout=60)
+    os.close(ours)
+    assert (process.returncode, err) == (0, b"")
+    assert b"signed" in out
+    assert b"gehe" not in shown + out
 
 
 @pytest.mark.parametrize(("folder", "policy"), [("pi05_continuous", "pi05"), ("pi0", "pi0")])

@@ -37,6 +37,7 @@ def observation(**changes):
         },
         "state": np.float32([0.5, -1, 1.5]),
         "prompt": "pick up",
+        "dataset_index": 0,
     }
     return Observation(**(fields | changes))
 

@@ -178,14 +178,6 @@ def test_configurations_that_make_no_sense(tiny_copy: Copy, changes: dict[str, A
         load_checkpoint(folder)
 
 
-@pytest.mark.parametrize("changes", [{"predict_response": True}])
-def test_what_is_not_compiled_is_refused(tiny_copy: Copy, changes: dict[str, Any]) -> None:
-    folder = tiny_copy()
-    edit_config(folder, **changes)
-    with pytest.raises(UsageError, match="does not compile"):
-        load_checkpoint(folder)
-
-
 def test_without_model_dims_the_heads_must_be_the_full_size_ones(tiny_copy: Copy) -> None:
     folder = tiny_copy()
     (folder / "model_dims.json").unlink()

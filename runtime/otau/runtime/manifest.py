@@ -15,9 +15,10 @@ from typing import Any, get_args, get_type_hints
 import msgspec
 
 from otau.runtime.errors import BundleError, MismatchError, nearest_name
-from otau.runtime.spec import SCHEMA_VERSION, Manifest
+from otau.runtime.spec import SCHEMA_VERSION, GraphSpec, Manifest, TensorSpec, VectorSpec
 
 __all__ = [
+    "DECODER_STEP",
     "GRAPHS",
     "MANIFEST_NAME",
     "MAXIMA",
@@ -32,6 +33,8 @@ MANIFEST_NAME = "manifest.json"
 STATS_NAME = "stats.safetensors"
 GRAPHS = ("prefix", "ingest", "decoder")
 """The graphs that every bundle has."""
+DECODER_STEP = "decoder_step"
+"""The graph that a bundle may have besides: `x` and `step` instead of the decoder's `noise` -> `x_next`."""
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 """Largest manifest that is read: a hundred times what a bundle of today needs."""
 MAXIMA = {
@@ -54,6 +57,7 @@ MAXIMA = {
 """Largest sizes: several times those of any policy known, and small enough that what the runtime itself
 makes of them for one observation (noise, pictures, placeholders, tokens) stays below half a gigabyte."""
 _MAX_EMPTY_CAMERAS = 16
+_NOT_FLOAT32 = ("float16", "bfloat16", "float64")
 
 
 class _SchemaProbe(msgspec.Struct):
@@ -209,27 +213,82 @@ def _contradictions(manifest: Manifest) -> list[str]:
         found.append(f"flow.n_action_steps {flow.n_action_steps} > flow.chunk {flow.chunk}")
     if not 0 <= flow.max_delay <= flow.chunk:
         found.append(f"flow.max_delay {flow.max_delay} is not within 0..{flow.chunk}")
-    if not 0 <= manifest.empty_cameras <= _MAX_EMPTY_CAMERAS:
-        found.append(f"empty_cameras is {manifest.empty_cameras}, not within 0..{_MAX_EMPTY_CAMERAS}")
-    if len({camera.name for camera in manifest.cameras}) != len(manifest.cameras):
-        found.append("two cameras have the same name")
-    if len({(camera.height, camera.width) for camera in manifest.cameras}) > 1:
-        found.append("the cameras have several sizes, but the prefix takes one tensor of images")
-    for kind, vector in (("state", manifest.state), ("action", manifest.action)):
-        if not 1 <= vector.dim <= vector.max_dim:
-            found.append(f"{kind}.dim {vector.dim} is not within 1..{vector.max_dim}")
-        if len(vector.names) != vector.dim or len(vector.units) != vector.dim:
-            found.append(f"{kind} has {vector.dim} dimensions, but another number of names or units")
+    if not 0 <= manifest.norm.eps < 1:
+        found.append(f"norm.eps is {manifest.norm.eps}, not within 0..1")
+    if len(set(manifest.norm.heads)) != len(manifest.norm.heads):
+        found.append("two norm.heads have the same name")
+    found += _picture_contradictions(manifest)
+    found += _vector_contradictions("state", manifest.state) + _vector_contradictions(
+        "action", manifest.action
+    )
     for action, state in manifest.delta_actions.items():
-        if not (re.fullmatch(r"\d{1,9}", action) and int(action) < manifest.action.dim):
+        if not (re.fullmatch(r"0|[1-9]\d{0,8}", action) and int(action) < manifest.action.dim):
             found.append(f"delta_actions has action {action!r} of {manifest.action.dim}")
         if not 0 <= state < manifest.state.dim:
             found.append(f"delta_actions has state {state} of {manifest.state.dim}")
-    if set(manifest.graphs) != set(GRAPHS):
-        found.append(f"graphs are {sorted(manifest.graphs)}, expected {sorted(GRAPHS)}")
+    found += _prompt_contradictions(manifest) + _graph_contradictions(manifest.graphs)
     named = [STATS_NAME, *(graph.file for graph in manifest.graphs.values())]
     named += [manifest.prompt.tokenizer] if manifest.prompt.tokenizer is not None else []
     found += [f"{name!r} is not among its files" for name in named if name not in manifest.files]
     if MANIFEST_NAME in manifest.files:
         found.append(f"{MANIFEST_NAME} is among its own files")
     return found
+
+
+def _picture_contradictions(manifest: Manifest) -> list[str]:
+    found = []
+    if not 0 <= manifest.empty_cameras <= _MAX_EMPTY_CAMERAS:
+        found.append(f"empty_cameras is {manifest.empty_cameras}, not within 0..{_MAX_EMPTY_CAMERAS}")
+    if len({camera.name for camera in manifest.cameras}) != len(manifest.cameras):
+        found.append("two cameras have the same name")
+    if len({(camera.height, camera.width) for camera in manifest.cameras}) > 1:
+        found.append("the cameras have several sizes, but the prefix takes one tensor of images")
+    if not -1 <= manifest.pictures.fill <= 1:
+        found.append(f"pictures.fill is {manifest.pictures.fill}, not within -1..1")
+    return found
+
+
+def _vector_contradictions(kind: str, vector: VectorSpec) -> list[str]:
+    found = []
+    if not 1 <= vector.dim <= vector.max_dim:
+        found.append(f"{kind}.dim {vector.dim} is not within 1..{vector.max_dim}")
+    if len(vector.names) != vector.dim or len(vector.units) != vector.dim:
+        found.append(f"{kind} has {vector.dim} dimensions, but another number of names or units")
+    return found
+
+
+def _prompt_contradictions(manifest: Manifest) -> list[str]:
+    prompt, route = manifest.prompt, manifest.state_route
+    found = []
+    if prompt.template.count("{task}") != 1:
+        found.append(f"prompt.template {prompt.template!r} does not have {{task}} once")
+    if ("{state}" in prompt.template) != (route == "prompt"):
+        found.append(f"prompt.template is {prompt.template!r}, but the state is read in: {route}")
+    if (prompt.state_dims is None) != (route != "prompt"):
+        found.append(f"prompt.state_dims is {prompt.state_dims}, but the state is read in: {route}")
+    if prompt.state_dims is not None and not 1 <= prompt.state_dims <= manifest.state.max_dim:
+        found.append(f"prompt.state_dims {prompt.state_dims} is not within 1..{manifest.state.max_dim}")
+    if (prompt.state_open is None, prompt.state_close is None) != (route != "prefix",) * 2:
+        found.append(f"prompt.state_open and state_close do not fit a state that is read in: {route}")
+    return found
+
+
+def _graph_contradictions(graphs: dict[str, GraphSpec]) -> list[str]:
+    if not set(GRAPHS) <= set(graphs) <= {*GRAPHS, DECODER_STEP}:
+        return [f"graphs are {sorted(graphs)}, expected {sorted(GRAPHS)} and perhaps {DECODER_STEP}"]
+    found = []
+    for name, graph in graphs.items():
+        narrow = [tensor.name for tensor in (*graph.inputs, *graph.outputs) if tensor.dtype in _NOT_FLOAT32]
+        if narrow:
+            found.append(f"the {name} graph has inputs or outputs that are not float32: {', '.join(narrow)}")
+    if DECODER_STEP in graphs:
+        step, decoder = graphs[DECODER_STEP], graphs["decoder"]
+        wanted = _names(decoder.inputs) - {"noise"} | {"x", "step"}
+        if _names(step.inputs) != wanted or _names(step.outputs) != {"x_next"}:
+            got = f"{sorted(_names(step.inputs))} to {sorted(_names(step.outputs))}"
+            found.append(f"{DECODER_STEP} takes {got}, expected {sorted(wanted)} to ['x_next']")
+    return found
+
+
+def _names(tensors: tuple[TensorSpec, ...]) -> set[str]:
+    return {tensor.name for tensor in tensors}

@@ -7,15 +7,15 @@ rounded to the nearest bfloat16, ties to even, which is what a processor without
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 
-from otau.runtime.errors import BundleError, UsageError
+from otau.runtime.errors import BundleError, UsageError, nearest_name
 from otau.runtime.spec import NormMode
 
-__all__ = ["Normaliser", "round_to_bfloat16"]
+__all__ = ["Normaliser", "find_head", "round_to_bfloat16"]
 
 _STATISTICS = {"MEAN_STD": ("mean", "std"), "MIN_MAX": ("min", "max"), "QUANTILE": ("q01", "q99")}
 
@@ -31,6 +31,30 @@ def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):  # only NaN patterns wrap, and those are put back below
         rounded = ((bits + np.uint32(0x7FFF) + odd) & np.uint32(0xFFFF0000)).view(np.float32)
     return np.where(np.isnan(values), values, rounded)
+
+
+def find_head(name: str, heads: Sequence[str], where: object) -> int:
+    """The row of the statistics that a name or a number means.
+
+    Args:
+        name: One of `heads`, or a row's number.
+        heads: The rows' names, "{robot_type}::{control_mode}" as OpenTau has them.
+        where: Named in the error: the flag or argument that gave the name.
+
+    Raises:
+        UsageError: There is no such row.
+    """
+    if name in heads:
+        return list(heads).index(name)
+    if name.isdecimal() and int(name) < len(heads):
+        return int(name)
+    raise UsageError(
+        "the statistics have no such normalisation head",
+        where=where,
+        expected=f"a name, or a number below {len(heads)}",
+        got=name,
+        fix=nearest_name(name, heads),
+    )
 
 
 class Normaliser:
@@ -57,7 +81,7 @@ class Normaliser:
             name: Named in errors.
 
         Raises:
-            BundleError: Statistics are missing, misshapen or not finite.
+            BundleError: Statistics are missing, misshapen or not finite, or leave a dimension no scale.
         """
         self.mode = mode
         self.name = name
@@ -77,6 +101,13 @@ class Normaliser:
         self._shift = shift if centre_degenerate and mode != "MEAN_STD" else np.zeros_like(shift)
         # The sum takes eps itself, not its bfloat16: a scalar is not rounded before it is added.
         self._scale = self._round(scale + np.float32(eps))
+        if not self._scale.all():
+            raise BundleError(
+                f"the {mode} statistics of the {name} leave a dimension no scale to divide by",
+                expected="a spread, or an epsilon above 0",
+                got=f"eps {eps:g} and a spread of {-eps:g}: (head, dimension) {_zeros(self._scale)}",
+                fix="compile the checkpoint again, with its statistics computed anew",
+            )
 
     def normalise(self, values: np.ndarray, head: np.ndarray) -> np.ndarray:
         """Raw to normalised values, computed in this normaliser's dtype.
@@ -145,6 +176,11 @@ class Normaliser:
             rows[head].reshape(shape) for rows in (self._offset, self._scale, self._shift)
         )
         return offset, scale, shift
+
+
+def _zeros(values: np.ndarray) -> str:
+    """Where a matrix is zero, in words."""
+    return ", ".join(f"({row}, {column})" for row, column in np.argwhere(values == 0)[:5].tolist())
 
 
 def _checked_statistics(

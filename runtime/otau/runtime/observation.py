@@ -27,7 +27,7 @@ class ObservationBatch:
     token_masks: np.ndarray | None = None
     """(B, L) bool, True for a real token."""
     dataset_index: np.ndarray | None = None
-    """(B,) int64, row of the normalisation statistics; None is row 0."""
+    """(B,) int64, row of the normalisation statistics; may be None where the bundle has one row only."""
     state_open_ids: np.ndarray | None = None
     """(n,) int64 token ids before the state token, where the policy has one and the bundle no tokenizer."""
     state_close_ids: np.ndarray | None = None
@@ -48,8 +48,8 @@ class Observation:
     """(L,) int64 token ids of the whole prompt, for a bundle without a tokenizer."""
     token_masks: np.ndarray | None = None
     """(L,) bool, True for a real token."""
-    dataset_index: int = 0
-    """Row of the normalisation statistics."""
+    dataset_index: int | None = None
+    """Row of the normalisation statistics; may be None where there is one row, or `Policy.open` chose it."""
     state_open_ids: np.ndarray | None = None
     """(n,) int64 token ids before the state token, where the policy has one and the bundle no tokenizer."""
     state_close_ids: np.ndarray | None = None
@@ -64,14 +64,14 @@ class Observation:
             prompts=(self.prompt,) if self.prompt else None,
             tokens=None if self.tokens is None else np.asarray(self.tokens)[None],
             token_masks=None if self.token_masks is None else np.asarray(self.token_masks)[None],
-            dataset_index=np.array([self.dataset_index], np.int64),
+            dataset_index=None if self.dataset_index is None else np.array([self.dataset_index], np.int64),
             state_open_ids=None if self.state_open_ids is None else np.asarray(self.state_open_ids),
             state_close_ids=None if self.state_close_ids is None else np.asarray(self.state_close_ids),
         )
 
 
 def dummy_batch(manifest: Manifest, rng: np.random.Generator) -> ObservationBatch:
-    """One made-up observation that fits a bundle: noise for pictures, a state near zero.
+    """One made-up observation that fits a bundle: noise for pictures, a state near zero, head 0.
 
     Args:
         manifest: What the bundle takes.
@@ -82,8 +82,9 @@ def dummy_batch(manifest: Manifest, rng: np.random.Generator) -> ObservationBatc
         for camera in manifest.cameras
     }
     state = rng.standard_normal((1, manifest.state.dim), np.float32) * np.float32(0.1)
+    head = np.zeros(1, np.int64)
     if manifest.prompt.tokenizer is not None:
-        return ObservationBatch(images, state, prompts=("do nothing in particular",))
+        return ObservationBatch(images, state, prompts=("do nothing in particular",), dataset_index=head)
     length = manifest.prompt.max_length
     ids = np.arange(2, dtype=np.int64) % manifest.vocab if manifest.state_route == "prefix" else None
     return ObservationBatch(
@@ -91,6 +92,7 @@ def dummy_batch(manifest: Manifest, rng: np.random.Generator) -> ObservationBatc
         state,
         tokens=np.arange(length, dtype=np.int64)[None] % manifest.vocab,
         token_masks=np.ones((1, length), bool),
+        dataset_index=head,
         state_open_ids=ids,
         state_close_ids=ids,
     )

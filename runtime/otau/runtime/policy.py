@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 import numpy as np
@@ -15,6 +15,8 @@ import numpy as np
 from otau.runtime.bundle import Bundle
 from otau.runtime.engines import ENGINES, Engine, ResidentTensor, engine_class
 from otau.runtime.errors import BundleError, EngineError, MismatchError, UsageError, nearest_name
+from otau.runtime.manifest import GRAPHS
+from otau.runtime.normalise import find_head
 from otau.runtime.observation import Observation, ObservationBatch
 from otau.runtime.prefix import KVCache, LocalPrefix, PrefixSource
 from otau.runtime.spec import Manifest
@@ -35,6 +37,8 @@ class ActionChunk:
     """(T, A) float32, as the decoder gave them; columns from a on mean nothing."""
     timings: Mapping[str, float]
     """[ms] by stage: `prepare`, `prefix`, `ingest`, `decode`, `finish`."""
+    n_action_steps: int
+    """How many of the T actions are meant to be executed before the next chunk."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,9 +64,19 @@ class Policy:
         manifest: What the bundle takes and gives.
     """
 
-    def __init__(self, bundle: Bundle, prefix: PrefixSource, ingest: Engine, decoder: Engine) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        prefix: PrefixSource,
+        ingest: Engine,
+        decoder: Engine,
+        *,
+        norm_head: str | None = None,
+    ) -> None:
         """Takes over source and engines and closes them; `Policy.open` makes the usual ones."""
         self.manifest: Manifest = bundle.manifest
+        heads = self.manifest.norm.heads
+        self._head = None if norm_head is None else find_head(norm_head, heads, bundle.path)
         self._prefix = prefix
         self._ingest = ingest
         self._decoder = decoder
@@ -75,6 +89,7 @@ class Policy:
         *,
         engine: str | None = None,
         threads: int | None = None,
+        norm_head: str | None = None,
     ) -> Policy:
         """Opens a bundle with everything on this machine (placement `onboard`).
 
@@ -82,9 +97,10 @@ class Policy:
             bundle: Its directory, or an opened bundle, which is not verified again.
             engine: Name of the engine; None takes the one the bundle was compiled for.
             threads: CPU threads of one operator; None lets the engine choose.
+            norm_head: Name or number of the normalisation head of observations that don't say theirs.
 
         Raises:
-            UsageError: No bundle is there, or no engine has that name.
+            UsageError: No bundle is there, or no engine or head has that name.
             BundleError: The bundle is damaged.
             MismatchError: Its schema, engine or target does not fit this machine or otau.
         """
@@ -93,12 +109,12 @@ class Policy:
         kind = engine_class(engine) if engine is not None else _compiled_for(bundle)
         with ExitStack() as stack:
             engines = {}
-            for name in bundle.manifest.graphs:
+            for name in GRAPHS:
                 opened = kind.open(bundle.graph(name), target=bundle.manifest.target, threads=threads)
                 engines[name] = stack.enter_context(opened)
                 _check_graph(bundle, name, opened)
             source = LocalPrefix(bundle, engines["prefix"])
-            policy = cls(bundle, source, engines["ingest"], engines["decoder"])
+            policy = cls(bundle, source, engines["ingest"], engines["decoder"], norm_head=norm_head)
             stack.pop_all()
         return policy
 
@@ -114,12 +130,16 @@ class Policy:
                 "the observation lacks a camera of the bundle",
                 expected=", ".join(camera.name for camera in self.manifest.cameras),
                 got=", ".join(observation.images) or "none",
-                fix="a camera that is really absent: give a black picture, as in training's server",
+                fix="a camera that is really absent: give a black picture, as training's server does, or"
+                " compile without it: --absent-camera NAME",
             )
         return self.prefix_batch(observation.batch())
 
     def prefix_batch(self, batch: ObservationBatch) -> KVCache:
         """The KV cache of recorded observations, which may lack some cameras (a warning is logged)."""
+        if batch.dataset_index is None and self._head is not None:
+            rows = np.full(np.shape(batch.state)[:1], self._head, np.int64)
+            batch = replace(batch, dataset_index=rows)
         return self._prefix.prefix(batch)
 
     def ingest(self, cache: KVCache) -> IngestedCache:
@@ -161,7 +181,7 @@ class Policy:
             delay=delay,
             rng=rng,
         )
-        return ActionChunk(chunk.actions[0], chunk.normalised[0], chunk.timings)
+        return replace(chunk, actions=chunk.actions[0], normalised=chunk.normalised[0])
 
     def decode_batch(
         self,
@@ -204,7 +224,7 @@ class Policy:
             "decode": (decoded - prepared) * 1e3,
             "finish": (prepared - start + time.perf_counter() - decoded) * 1e3,
         }
-        return ActionChunk(actions, normalised, timings)
+        return ActionChunk(actions, normalised, timings, self.manifest.flow.n_action_steps)
 
     def close(self) -> None:
         """Closes the engines; may be called twice."""
@@ -232,6 +252,7 @@ class Policy:
                 "the noise is not what the decoder starts from",
                 expected=f"finite floats {shape}",
                 got=f"{noise.dtype} {noise.shape}",
+                fix="leave it out to have it drawn",
             )
         return noise.astype(np.float32, copy=False)
 
@@ -246,6 +267,7 @@ class Policy:
                 "the delay is not a number of control ticks",
                 expected=f"an integer, or {size}",
                 got=f"{delays.dtype} {delays.shape}",
+                fix="give whole ticks, one number for all or one for each",
             )
         if not flow.real_time_chunking:
             if action_prefix is not None or delays.any():
@@ -253,6 +275,7 @@ class Policy:
                     "this policy does not take committed actions",
                     expected="no action_prefix and delay 0",
                     got=f"delay {delays.tolist()}",
+                    fix="leave both out: the policy was trained without real-time chunking",
                 )
             return {}
         if delays.min() < 0 or delays.max() > flow.chunk:
@@ -260,6 +283,7 @@ class Policy:
                 "the delay does not fit the chunk",
                 expected=f"0..{flow.chunk} control ticks",
                 got=delays.tolist(),
+                fix="plan earlier, so that fewer actions are committed",
             )
         if delays.max() > flow.max_delay:
             _log.warning(
@@ -275,6 +299,7 @@ class Policy:
                 "the action prefix is shorter than the delay",
                 expected=f"at least {delays.max()} actions",
                 got=action_prefix.shape[1],
+                fix="give every committed action, raw and absolute",
             )
         return {"action_prefix": rows, "delay": np.full(size, delays, np.int64)}
 

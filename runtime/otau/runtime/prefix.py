@@ -120,13 +120,22 @@ class LocalPrefix:
 
     def _heads(self, batch: ObservationBatch, size: int) -> np.ndarray:
         """The row of the statistics for each element, within range."""
-        head = np.zeros(size, np.int64) if batch.dataset_index is None else np.asarray(batch.dataset_index)
         count = len(self._manifest.norm.heads)
+        if batch.dataset_index is None and count > 1:
+            # Row 0 would be another robot's scale for all but one of them.
+            raise UsageError(
+                "the bundle has several normalisation heads, and none is chosen",
+                expected=f"one of {', '.join(self._manifest.norm.heads)}",
+                got="no dataset_index",
+                fix="give --norm-head NAME, or compile again with --norm-head NAME",
+            )
+        head = np.zeros(size, np.int64) if batch.dataset_index is None else np.asarray(batch.dataset_index)
         if head.shape != (size,) or head.dtype.kind not in "iu" or head.min() < 0 or head.max() >= count:
             raise UsageError(
                 "dataset_index does not pick rows of the normalisation statistics",
                 expected=f"{size} integers in 0..{count - 1} ({', '.join(self._manifest.norm.heads)})",
                 got=head.tolist(),
+                fix="give numbers of these rows; a bundle compiled with --norm-head has one only",
             )
         return head.astype(np.int64)
 
@@ -139,8 +148,12 @@ class LocalPrefix:
                 raise UsageError("the bundle has no such camera", got=name, fix=nearest_name(name, names))
         missing = [name for name in names if name not in batch.images]
         if len(missing) == len(names):
-            raise UsageError("the observation has no picture", expected=f"cameras {', '.join(names)}")
-        placeholders = min(len(missing), self._manifest.empty_cameras)
+            raise UsageError(
+                "the observation has no picture",
+                expected=f"cameras {', '.join(names)}",
+                fix="give at least one picture; a camera that is absent may be a black one",
+            )
+        placeholders, fit = min(len(missing), self._manifest.empty_cameras), self._manifest.pictures
         if missing:
             _log.warning(
                 "no picture of %s: the prefix goes without, with %d masked placeholder(s)",
@@ -148,14 +161,25 @@ class LocalPrefix:
                 placeholders,
             )
         pixels = [
-            pixels_from_image(batch.images[camera.name], camera.height, camera.width, name=camera.name)
+            pixels_from_image(
+                batch.images[camera.name],
+                camera.height,
+                camera.width,
+                name=camera.name,
+                padding=fit.padding,
+                resize=fit.resize,
+                fill=fit.fill,
+            )
             for camera in cameras
             if camera.name in batch.images
         ]
         for name, image in zip((name for name in names if name in batch.images), pixels, strict=True):
             if len(image) != size:
                 raise UsageError(
-                    f"{name} has another batch size than the state", expected=size, got=len(image)
+                    f"{name} has another batch size than the state",
+                    expected=size,
+                    got=len(image),
+                    fix="give as many pictures as states",
                 )
         blank = np.full((size, 3, cameras[0].height, cameras[0].width), -1, np.float32)
         masks = np.ones((size, len(pixels) + placeholders), bool)
@@ -176,7 +200,9 @@ class LocalPrefix:
             return check_range(tokens, vocab, "the given token ids", masks), masks
         if batch.prompts is None:
             raise UsageError(
-                "the observation has no prompt", expected="a prompt, or token ids with their masks"
+                "the observation has no prompt",
+                expected="a prompt, or token ids with their masks",
+                fix="say what the robot is to do",
             )
         encoder = self._require_encoder("the prompt")
         if len(batch.prompts) != len(normalised):
@@ -184,8 +210,13 @@ class LocalPrefix:
                 "there is another number of prompts than of states",
                 expected=len(normalised),
                 got=len(batch.prompts),
+                fix="give one prompt for each state",
             )
-        states = [state_text(bins) for bins in state_bins(normalised)]
+        spec = self._manifest.prompt
+        states = [""] * len(normalised)
+        if spec.state_dims is not None:
+            listed = self._states.tensor(normalised)[:, : spec.state_dims]
+            states = [state_text(bins) for bins in state_bins(listed, spec.state_bins)]
         tokens, masks = encoder.encode(batch.prompts, states)
         return check_range(tokens, vocab, "the token ids that the bundle's tokenizer made", masks), masks
 

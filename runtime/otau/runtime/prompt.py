@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -15,21 +15,26 @@ from otau.runtime.spec import PromptSpec
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["PromptEncoder", "fill_template", "state_bins", "state_text"]
+__all__ = ["PromptEncoder", "clean_task", "fill_template", "state_bins", "state_text"]
 
 _log = logging.getLogger(__name__)
 
 _BINS = 256
+_EDGES = np.linspace(-1, 1, _BINS + 1)[:-1]
+"""Where the bins begin: multiples of 1/128, exact in float64 and float32."""
 
 
-def state_bins(normalised: np.ndarray) -> np.ndarray:
+def state_bins(normalised: np.ndarray, rule: Literal["clip", "digitize"] = "clip") -> np.ndarray:
     """The bin of each dimension of a normalised state: 256 equal bins over [-1, 1].
 
     Args:
         normalised: (..., n) float32; infinities and values out of range go to the outer bins.
+        rule: `clip` is OpenTau's: clipped, then truncated in float32, whose sum x + 1 rounds values just
+            below an edge up to it. `digitize` is openpi's and LeRobot's: values are compared with the
+            edges, and those below -1 are bin -1.
 
     Returns:
-        (..., n) int64 in 0..255.
+        (..., n) int64 in 0..255, with `digitize` in -1..255.
 
     Raises:
         UsageError: A value is NaN.
@@ -37,6 +42,8 @@ def state_bins(normalised: np.ndarray) -> np.ndarray:
     values = np.asarray(normalised, np.float32)
     if np.isnan(values).any():
         raise UsageError("the normalised state has NaN", got=values.tolist())
+    if rule == "digitize":
+        return np.digitize(values.astype(np.float64), _EDGES) - 1
     clamped = np.clip(values, np.float32(-1), np.float32(1))
     bins: np.ndarray = np.trunc((clamped + np.float32(1)) * np.float32(_BINS // 2)).astype(np.int64)
     bins[bins == _BINS] = _BINS - 1  # the upper edge itself
@@ -46,6 +53,11 @@ def state_bins(normalised: np.ndarray) -> np.ndarray:
 def state_text(bins: np.ndarray) -> str:
     """The bins of one state (n,) as the prompt has them: joined by one space."""
     return " ".join(str(value) for value in bins.tolist())
+
+
+def clean_task(task: str) -> str:
+    """The task as openpi and LeRobot's pi0.5 have it: stripped, on one line, without underscores."""
+    return task.strip().replace("_", " ").replace("\n", " ")
 
 
 def fill_template(template: str, task: str, state: str = "") -> str:
@@ -98,6 +110,7 @@ class PromptEncoder:
         masks = np.zeros((len(tasks), length), bool)
         self._tokenizer.enable_truncation(length)
         for row, (task, state) in enumerate(zip(tasks, states, strict=True)):
+            task = clean_task(task) if self.spec.clean_task else task
             text = fill_template(self.spec.template, task, state)
             encoding = self._tokenizer.encode(text, add_special_tokens=True)
             if encoding.overflowing:

@@ -80,10 +80,20 @@ def read_recorded(
                 fix=nearest_name(name, known),
             )
         if name in given:
-            raise UsageError("the recorded file has an input twice", where=where, got=name)
+            raise UsageError(
+                "the recorded file has an input twice",
+                where=where,
+                got=name,
+                fix=f"leave out {name} or inputs/{name}",
+            )
         given[name] = value
     if "state" not in given:
-        raise UsageError("the recorded file has no state", where=where, got=", ".join(given) or "no input")
+        raise UsageError(
+            "the recorded file has no state",
+            where=where,
+            got=", ".join(given) or "no input",
+            fix="add the raw state, (B, s), under the name state",
+        )
     _check_steps(given, manifest, where)
     text = prompt if prompt is not None else _recorded_prompt(given, metadata, where)
     if prompt is not None:
@@ -207,6 +217,7 @@ def _array(name: str, entry: Mapping[str, Any], where: Path) -> np.ndarray:
             where=where,
             expected=", ".join(_DTYPES),
             got=kind,
+            fix="convert it to one of these",
         )
     array = np.frombuffer(entry["data"], _DTYPES[kind]).reshape(entry["shape"])
     if kind == "BF16":

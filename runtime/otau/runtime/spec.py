@@ -20,17 +20,20 @@ __all__ = [
     "Manifest",
     "NormMode",
     "NormSpec",
+    "PictureSpec",
+    "Precision",
     "PromptSpec",
     "StateRoute",
     "TensorSpec",
     "VectorSpec",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Version of the manifest's layout; a runtime reads exactly this one."""
 
 NormMode = Literal["IDENTITY", "MEAN_STD", "MIN_MAX", "QUANTILE"]
-StateRoute = Literal["prompt", "prefix", "decoder"]
+StateRoute = Literal["prompt", "prefix", "decoder", "none"]
+Precision = Literal["fp32", "fp16", "bf16"]
 
 
 class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -45,6 +48,17 @@ class CameraSpec(_Record, frozen=True):
     """Height [px] of the picture the prefix graph sees; others are letterboxed to it."""
     width: int
     """Width [px]."""
+
+
+class PictureSpec(_Record, frozen=True):
+    """How a picture of another size is fitted into the one that the prefix graph sees."""
+
+    padding: Literal["left_top", "centre"]
+    """Where the letterbox's free part goes: left and above, or on both sides."""
+    resize: Literal["bilinear", "pillow"]
+    """`pillow`: as Pillow's BILINEAR does, antialiased and rounded to bytes."""
+    fill: float
+    """Value of the free part, where pictures are in [0, 1]."""
 
 
 class VectorSpec(_Record, frozen=True):
@@ -69,7 +83,7 @@ class NormSpec(_Record, frozen=True):
     centre_degenerate: bool
     """True: a constant MIN_MAX or QUANTILE dimension maps to 0; False: to -1 (config_version 0)."""
     heads: tuple[str, ...]
-    """Names of the rows of the statistics; `dataset_index` picks one."""
+    """Names of the rows of the statistics; `dataset_index` picks one, and must where there are several."""
     state_dtype: Literal["float32", "bfloat16"]
     """Precision in which the state of the prompt is normalised (training reads it in bfloat16)."""
 
@@ -79,6 +93,12 @@ class PromptSpec(_Record, frozen=True):
 
     template: str
     """With `{task}`, and `{state}` where the binned state is part of the text."""
+    clean_task: bool
+    """Whether the task is stripped, and its underscores and newlines become spaces, before it goes in."""
+    state_bins: Literal["clip", "digitize"]
+    """How a normalised state becomes bins; they differ below -1 and by rounding (see `prompt.state_bins`)."""
+    state_dims: int | None
+    """Dimensions of the normalised, zero-padded state that `{state}` lists; None without `{state}`."""
     max_length: int
     """Tokens the prompt is right-padded to."""
     state_open: str | None
@@ -87,6 +107,8 @@ class PromptSpec(_Record, frozen=True):
     """Text after the state token of the prefix."""
     tokenizer: str | None
     """File of the tokenizer in the bundle; None: the bundle takes token ids."""
+    response_left_out: bool
+    """Whether the policy was trained to write a response before it acts, which the bundle does not do."""
 
 
 class FlowSpec(_Record, frozen=True):
@@ -151,13 +173,15 @@ class Manifest(_Record, frozen=True):
     policy: str
     target: str
     engine: str
-    precision: str
+    precision: Precision
+    """In which the graphs hold their weights; their inputs and outputs are float32 in any case."""
     cameras: tuple[CameraSpec, ...]
+    pictures: PictureSpec
     empty_cameras: int
     """Masked placeholders that may stand in for cameras that are not there."""
     state: VectorSpec
     state_route: StateRoute
-    """Where the policy reads the state: in the prompt, in the prefix, or fresh in the decoder."""
+    """Where the policy reads the state: in the prompt, in the prefix, fresh in the decoder, or nowhere."""
     action: VectorSpec
     delta_actions: dict[str, int]
     """Action index -> state index, for actions relative to the state at the chunk's start."""
@@ -172,7 +196,7 @@ class Manifest(_Record, frozen=True):
     vocab: int
     """Rows of the policy's token table; token ids are below it."""
     graphs: dict[str, GraphSpec]
-    """`prefix`, `ingest` and `decoder`."""
+    """`prefix`, `ingest` and `decoder`, and sometimes `decoder_step`, a single Euler step of the decoder."""
     gates: tuple[GateResult, ...]
     versions: dict[str, str]
     """Versions of otau and of the packages that compiled the bundle."""

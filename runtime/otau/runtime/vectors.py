@@ -101,6 +101,7 @@ class ActionSpace:
                 "the action prefix is longer than the chunk",
                 expected=f"at most {self._chunk} actions",
                 got=actions.shape[1],
+                fix="give only the first of them",
             )
         actions = actions.copy()
         with np.errstate(over="ignore"):  # found below
@@ -132,6 +133,7 @@ def _check_width(spec: VectorSpec, normaliser: Normaliser) -> None:
             f"the statistics of the {normaliser.name} have the wrong width",
             expected=f"{spec.dim}..{spec.max_dim}",
             got=normaliser.width,
+            fix="compile the checkpoint again",
         )
 
 
@@ -147,11 +149,16 @@ def _checked_vector(values: np.ndarray, shape: tuple[int | None, ...], name: str
             f"the {name} has the wrong shape or dtype",
             expected=f"numbers of shape ({wanted})",
             got=f"{values.dtype} of shape {values.shape}",
+            fix="give the raw numbers of the robot's own dimensions, without padding",
         )
     with np.errstate(over="ignore"):  # found right below
         values = values.astype(np.float32)
     if not np.isfinite(values).all():
-        raise UsageError(f"the {name} has values that are not finite", got=values.tolist())
+        raise UsageError(
+            f"the {name} has values that are not finite",
+            got=values.tolist(),
+            fix="check the sensor or the file they come from",
+        )
     return values
 
 
@@ -164,6 +171,7 @@ def _normalised(normaliser: Normaliser, values: np.ndarray, head: np.ndarray) ->
             f"the {normaliser.name} has values that are not finite once normalised",
             expected="values of the size that the policy was trained with",
             got=values.tolist(),
+            fix="check the units, and the dimensions' order",
         )
     return normalised
 

@@ -16,7 +16,9 @@ from otau.runtime.spec import (
     GraphSpec,
     Manifest,
     NormSpec,
+    PictureSpec,
     PromptSpec,
+    StateRoute,
     TensorSpec,
     VectorSpec,
 )
@@ -24,7 +26,7 @@ from otau.toolchain.graph.simplify import count_nodes, count_parameters
 from otau.toolchain.targets import Target
 from otau.training.policies import Checkpoint
 
-__all__ = ["GraphSpecFromModel", "ManifestFromCheckpoint", "package_versions"]
+__all__ = ["GraphSpecFromModel", "ManifestFromCheckpoint", "head_names", "package_versions"]
 
 _PACKAGES = ("otau", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
@@ -41,7 +43,8 @@ def ManifestFromCheckpoint(  # noqa: N802 (converters are named <Target>From<Sou
 ) -> Manifest:
     """What the runtime must know of a checkpoint; files and fingerprint are left to the writer."""
     policy, config = checkpoint.empty, checkpoint.config
-    state_in_prompt = "{state}" in policy.prompt_template(config)
+    template = _template(checkpoint)
+    route = _state_route(checkpoint, template)
     vlm = policy.dims.vlm
     return Manifest(
         schema=SCHEMA_VERSION,
@@ -51,9 +54,12 @@ def ManifestFromCheckpoint(  # noqa: N802 (converters are named <Target>From<Sou
         engine=target.engine,
         precision=precision,
         cameras=tuple(CameraSpec(name=n, height=h, width=w) for n, (h, w) in config.cameras().items()),
+        pictures=PictureSpec(
+            padding=config.image_padding, resize=config.image_resize, fill=float(config.image_fill)
+        ),
         empty_cameras=config.empty_cameras,
         state=_vector("state", config.state_dim, config.max_state_dim),
-        state_route="decoder" if policy.state_in_decoder else "prompt" if state_in_prompt else "prefix",
+        state_route=route,
         action=_vector("action", config.action_dim, config.max_action_dim),
         delta_actions=config.delta_action_state_map or {},
         norm=NormSpec(
@@ -61,16 +67,20 @@ def ManifestFromCheckpoint(  # noqa: N802 (converters are named <Target>From<Sou
             action=config.normalization_mapping.get("ACTION", "IDENTITY"),
             eps=config.eps,
             centre_degenerate=config.centre_degenerate,
-            heads=_heads(checkpoint),
-            # Training and serving normalise the state of a discrete prompt in bfloat16, and the bins show it.
-            state_dtype="bfloat16" if state_in_prompt else "float32",
+            heads=head_names(checkpoint),
+            # OpenTau normalises the state of a discrete prompt in bfloat16, and the bins show it.
+            state_dtype=config.state_text_dtype if route == "prompt" else "float32",
         ),
         prompt=PromptSpec(
-            template=policy.prompt_template(config),
+            template=template,
+            clean_task=config.clean_task,
+            state_bins=config.state_bins,
+            state_dims=_listed_dims(checkpoint) if route == "prompt" else None,
             max_length=policy.prompt_length(config),
             state_open="State: " if policy.state_in_prefix else None,
             state_close=":\n" if policy.state_in_prefix else None,
             tokenizer=tokenizer,
+            response_left_out=config.predict_response,
         ),
         flow=FlowSpec(
             num_steps=num_steps,
@@ -91,6 +101,13 @@ def ManifestFromCheckpoint(  # noqa: N802 (converters are named <Target>From<Sou
     )
 
 
+def head_names(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Names of the rows of the statistics, numbers where the configuration does not name them."""
+    rows = max((len(value) for value in checkpoint.statistics.values()), default=1)
+    names = checkpoint.config.dataset_names or ()
+    return names if len(names) == rows else tuple(str(row) for row in range(rows))
+
+
 def GraphSpecFromModel(file: str, model: ir.Model) -> GraphSpec:  # noqa: N802
     """What a manifest says of a graph."""
     return GraphSpec(
@@ -107,17 +124,32 @@ def package_versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in _PACKAGES}
 
 
+def _template(checkpoint: Checkpoint) -> str:
+    """The prompt, closed by the label of a good action where pi0 was trained with labels."""
+    config = checkpoint.config
+    template = config.prompt_template or checkpoint.empty.prompt_template(config)
+    return template if config.advantage == "ignore" else template + "Advantage: positive\n"
+
+
+def _state_route(checkpoint: Checkpoint, template: str) -> StateRoute:
+    """Where the policy reads the state: the network says so, or the prompt; or it reads none."""
+    if checkpoint.empty.state_in_decoder:
+        return "decoder"
+    if checkpoint.empty.state_in_prefix:
+        return "prefix"
+    return "prompt" if "{state}" in template else "none"
+
+
+def _listed_dims(checkpoint: Checkpoint) -> int:
+    """Dimensions of the state that the prompt lists: padded ones too, where the statistics have them."""
+    widths = [value.shape[1] for name, value in checkpoint.statistics.items() if name.startswith("state.")]
+    return checkpoint.config.state_text_dims or max(widths, default=checkpoint.config.state_dim)
+
+
 def _vector(kind: str, dim: int, max_dim: int) -> VectorSpec:
     # OpenTau's checkpoints name no dimension and no unit.
     names = tuple(f"{kind}[{index}]" for index in range(dim))
     return VectorSpec(dim=dim, max_dim=max_dim, names=names, units=("",) * dim)
-
-
-def _heads(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Names of the rows of the statistics, numbers where the configuration does not name them."""
-    rows = max((len(value) for value in checkpoint.statistics.values()), default=1)
-    names = checkpoint.config.dataset_names or ()
-    return names if len(names) == rows else tuple(str(row) for row in range(rows))
 
 
 def _tensor(value: ir.Value) -> TensorSpec:

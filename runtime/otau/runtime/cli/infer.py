@@ -35,17 +35,26 @@ def infer(
         str | None,
         typer.Option(metavar="TEXT", help="The task, instead of the file's text or token ids."),
     ] = None,
+    norm_head: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Normalisation head, by name or number, where the file has no dataset_index.",
+            show_default="the bundle's only one",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of noise and of made-up observations.")] = 0,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Run a bundle on recorded or made-up observations.
 
     The file's tensors, with or without the prefix `inputs/`: state (B, s); image0, image1, ... uint8
-    (B, h, w, 3) or float (B, 3, h, w) in [0, 1], in the order of the bundle's cameras, any but not all
-    of which may be missing; either lang_tokens and lang_masks (B, L), or prompt (UTF-8 bytes as uint8, or
-    the entry "prompt" of the file's metadata); state_open_ids and state_close_ids (n,), for a policy with
-    a state token in its prefix only; noise (B, T, A); action_prefix (B, k, a); delay; dataset_index (B,);
-    num_steps, which must be the bundle's. Tensors outputs/... are skipped.
+    (B, h, w, 3) or float (B, 3, h, w) in [0, 1], in the order of the bundle's cameras, any but not all of
+    which may be missing (which is not the same as black: the policy sees a black picture); either
+    lang_tokens and lang_masks (B, L), or prompt (UTF-8 bytes as uint8, or the entry "prompt" of the file's
+    metadata); state_open_ids and state_close_ids (n,), for a policy with a state token in its prefix only;
+    noise (B, T, A); action_prefix (B, k, a), raw and absolute; delay; dataset_index (B,), the rows of the
+    normalisation heads; num_steps, which must be the bundle's. Tensors outputs/... are skipped.
 
     Saved are actions (B, T, a), actions_norm (B, T, A), prefix_pad_masks (B, P), and for every layer l
     key_states_{l} and value_states_{l} (B, P, Hkv, D).
@@ -64,8 +73,8 @@ def infer(
         if inputs is not None and save.resolve() == inputs.resolve():
             raise UsageError("--save would overwrite --inputs", got=save, fix="save to another file")
     rng = np.random.default_rng(seed)
-    with Policy.open(bundle) as policy:
-        recorded = _observations(policy, inputs, prompt, rng)
+    with Policy.open(bundle, norm_head=norm_head) as policy:
+        recorded = _observations(policy, inputs, prompt, norm_head, rng)
         cache = policy.prefix_batch(recorded.batch)
         chunk = policy.decode_batch(
             policy.ingest(cache),
@@ -81,6 +90,7 @@ def infer(
             "bundle": str(bundle),
             "policy": policy.manifest.policy,
             "num_steps": policy.manifest.flow.num_steps,
+            "n_action_steps": chunk.n_action_steps,
             "inputs": None if inputs is None else str(inputs),
             "save": None if save is None else str(save),
             "outputs": {
@@ -96,7 +106,11 @@ def infer(
 
 
 def _observations(
-    policy: Policy, inputs: Path | None, prompt: str | None, rng: np.random.Generator
+    policy: Policy,
+    inputs: Path | None,
+    prompt: str | None,
+    norm_head: str | None,
+    rng: np.random.Generator,
 ) -> RecordedInputs:
     """The recorded observations, or made-up ones."""
     from dataclasses import replace
@@ -109,6 +123,8 @@ def _observations(
     if inputs is not None:
         return read_recorded(inputs, policy.manifest, prompt=prompt)
     batch = dummy_batch(policy.manifest, rng)
+    if norm_head is not None:
+        batch = replace(batch, dataset_index=None)
     if prompt is not None:
         batch = replace(batch, prompts=(prompt,), tokens=None, token_masks=None)
     return RecordedInputs(batch, noise=None, action_prefix=None, delay=np.zeros(1, np.int64))

@@ -3,11 +3,16 @@
 OpenTau writes its whole training pipeline to `train_config.json` and, when it publishes, the policy alone
 to `config.json`. Only what the model, the compiler and the runtime need is read; the other keys are left
 alone, since OpenTau's versions differ in them.
+
+What OpenTau does in one way only and other trainers in another (prompt, bins, letterbox) are fields too,
+which the intake of those trainers' checkpoints fills in. In a file their keys begin with `otau_`, so that no
+key of OpenTau's, now or later, sets one by accident.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +21,7 @@ import msgspec
 from otau.runtime.errors import CheckpointError, UsageError, nearest_name
 from otau.runtime.manifest import MAXIMA
 
-__all__ = ["CONFIG_FILES", "Feature", "NormMode", "PolicyConfig", "read_config"]
+__all__ = ["CONFIG_FILES", "Feature", "NormMode", "PolicyConfig", "check_config", "read_config"]
 
 CONFIG_FILES = ("config.json", "hf_config.json", "train_config.json")
 """Where a policy's configuration is looked for, in this order."""
@@ -35,9 +40,28 @@ _RANGES = {
 }
 """What a number may be: no more than the runtime will open."""
 
+_EMPTY_CAMERA = "observation.images.empty_camera_"
 _LARGEST_PICTURE = MAXIMA["a camera's height"]
 
 NormMode = Literal["IDENTITY", "MEAN_STD", "MIN_MAX", "QUANTILE"]
+
+
+_OWN_PREFIX = "otau_"
+_OWN = {
+    name: _OWN_PREFIX + name
+    for name in (
+        "prompt_template",
+        "clean_task",
+        "state_bins",
+        "state_text_dims",
+        "state_text_dtype",
+        "norm_eps",
+        "image_padding",
+        "image_resize",
+        "image_fill",
+    )
+}
+"""Field -> key in a file, for what is not OpenTau's."""
 
 
 class Feature(msgspec.Struct, frozen=True):
@@ -47,7 +71,7 @@ class Feature(msgspec.Struct, frozen=True):
     shape: tuple[int, ...]
 
 
-class PolicyConfig(msgspec.Struct, frozen=True, kw_only=True):
+class PolicyConfig(msgspec.Struct, frozen=True, kw_only=True, rename=_OWN):
     """What is read of a policy's configuration; defaults are OpenTau's."""
 
     type: str
@@ -65,20 +89,51 @@ class PolicyConfig(msgspec.Struct, frozen=True, kw_only=True):
     proj_width: int | None = None
     config_version: int | None = None
     dataset_names: tuple[str, ...] | None = None
+    """Names of the rows of the statistics: "{robot_type}::{control_mode}"."""
+    dataset_to_norm_index: dict[str, int] | None = None
+    """Data set -> row of the statistics."""
     delta_action_state_map: dict[str, int] | None = None
     state_type: Literal["discrete", "continuous"] = "discrete"
     prompt_max_length: int = 256
     tokenizer_max_length: int = 48
     predict_response: bool = False
-    advantage: str = "ignore"
+    """Whether the policy writes a response first, which its decoder then reads in the KV cache."""
+    advantage: Literal["ignore", "on", "use"] = "ignore"
+    """pi0's: `ignore` has no label in the prompt; the others are served with a positive one. OpenTau writes
+    this key since there are labels, so a configuration without it was trained without them."""
+
+    prompt_template: str | None = None
+    """Instead of the family's: with `{task}`, and `{state}` for a state in the prompt."""
+    clean_task: bool = False
+    """Whether the task is stripped, and its underscores and newlines become spaces."""
+    state_bins: Literal["clip", "digitize"] = "clip"
+    """How a normalised state becomes bins: see `otau.runtime.prompt.state_bins`."""
+    state_text_dims: int | None = None
+    """Dimensions of the normalised, zero-padded state in the prompt; None: as many as its statistics have."""
+    state_text_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """In which the state of the prompt is normalised; OpenTau trains and serves in bfloat16."""
+    norm_eps: float | None = None
+    """Instead of the epsilon that `config_version` tells."""
+    image_padding: Literal["left_top", "centre"] = "left_top"
+    image_resize: Literal["bilinear", "pillow"] = "bilinear"
+    image_fill: float = 0.0
+    """Value of the letterbox's free part, where pictures are in [0, 1]."""
 
     def cameras(self) -> dict[str, tuple[int, int]]:
-        """Camera name -> (height, width) [px], in the order of the prefix."""
-        visual = {name: f for name, f in self.input_features.items() if f.type == "VISUAL"}
+        """Camera name -> (height, width) [px], in the order of the prefix.
+
+        OpenTau adds a feature for each of the `empty_cameras`, which no robot delivers: those are left out.
+        """
+        empty = {f"{_EMPTY_CAMERA}{number}" for number in range(self.empty_cameras)}
+        features = self.input_features.items()
+        visual = {name: f for name, f in features if f.type == "VISUAL" and name not in empty}
         flat = [name for name, f in visual.items() if len(f.shape) != 3 or f.shape[0] != 3]
         if flat:
             raise CheckpointError(
-                "a camera's shape is not (3, height, width)", where=flat[0], got=visual[flat[0]].shape
+                "a camera's shape is not (3, height, width)",
+                where=flat[0],
+                got=visual[flat[0]].shape,
+                fix="correct the shape in input_features",
             )
         return {name: self.resize_imgs_with_padding or (f.shape[1], f.shape[2]) for name, f in visual.items()}
 
@@ -95,6 +150,8 @@ class PolicyConfig(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def eps(self) -> float:
         """Epsilon of the normalisation: 1e-8 for version 0, 1e-6 since and where no version is given."""
+        if self.norm_eps is not None:
+            return self.norm_eps
         return 1e-8 if self.config_version == 0 else 1e-6
 
     @property
@@ -153,24 +210,40 @@ def read_config(folder: Path, known_types: tuple[str, ...]) -> PolicyConfig:
             expected=", ".join(known_types),
             fix=nearest_name(str(kind), known_types),
         )
+    for key in policy:
+        if key.startswith(_OWN_PREFIX) and key not in _OWN.values():
+            raise CheckpointError(
+                "the configuration has an unknown key of otau's",
+                where=path,
+                got=key,
+                fix=nearest_name(key, _OWN.values()),
+            )
     try:
         config = msgspec.convert(policy, PolicyConfig, strict=True)
     except msgspec.ValidationError as error:
         raise CheckpointError(
             "the policy's configuration is not valid", where=path, got=error, fix="correct this key"
         ) from None
-    _check(config, path)
+    check_config(config, path)
     return config
 
 
-def _check(config: PolicyConfig, path: Path) -> None:
-    """Refuse what would compile to something else than the policy."""
+def check_config(config: PolicyConfig, where: Path) -> None:
+    """Refuse values that are out of range or contradict each other.
+
+    Args:
+        config: Of a checkpoint.
+        where: Named in errors.
+
+    Raises:
+        CheckpointError: Names the key, and what it may be.
+    """
     for name, (low, high) in _RANGES.items():
         value = getattr(config, name)
         if value is not None and not low <= value <= high:
             raise CheckpointError(
                 f"{name} is out of range",
-                where=path,
+                where=where,
                 expected=f"{low} to {high}",
                 got=value,
                 fix=f"correct {name}",
@@ -184,14 +257,18 @@ def _check(config: PolicyConfig, path: Path) -> None:
     for name, value, limit_name, limit in bounds:
         if value > limit:
             raise CheckpointError(
-                f"{name} is larger than {limit_name}", where=path, expected=f"<= {limit}", got=value
+                f"{name} is larger than {limit_name}",
+                where=where,
+                expected=f"<= {limit}",
+                got=value,
+                fix="correct one of them in the checkpoint's configuration",
             )
     cameras = config.cameras()
     too_large = [size for size in cameras.values() if not 1 <= min(size) <= max(size) <= _LARGEST_PICTURE]
     if too_large:
         raise CheckpointError(
             "a picture's size is out of range",
-            where=path,
+            where=where,
             expected=f"1 to {_LARGEST_PICTURE} pixels a side",
             got=too_large[0],
             fix="correct resize_imgs_with_padding or the cameras' shapes",
@@ -199,7 +276,7 @@ def _check(config: PolicyConfig, path: Path) -> None:
     if not cameras or len(set(cameras.values())) != 1:
         raise CheckpointError(
             "the cameras do not share one picture size" if cameras else "the configuration names no camera",
-            where=path,
+            where=where,
             got=cameras or list(config.input_features),
             fix="set resize_imgs_with_padding" if cameras else "add a feature of type VISUAL",
         )
@@ -208,22 +285,38 @@ def _check(config: PolicyConfig, path: Path) -> None:
         if not (plain and int(action) < config.action_dim and 0 <= state < config.state_dim):
             raise CheckpointError(
                 "delta_action_state_map names a dimension that is not there",
-                where=path,
+                where=where,
                 expected=f"action index below {config.action_dim} -> state index below {config.state_dim}",
                 got=f"{action} -> {state}",
+                fix="correct delta_action_state_map, or --action-dims and --state-dims",
             )
-    if config.predict_response:
-        raise UsageError(
-            "this policy predicts a text response before it acts, which otau does not compile",
-            where=f"{path}: predict_response",
-            expected="false",
-            got="true",
-            fix="set predict_response to false if the response is not needed to act",
+    _check_prompt(config, where)
+    if not 0 <= config.eps < 1 or not -1 <= config.image_fill <= 1:
+        raise CheckpointError(
+            "a number of the preprocessing is out of range",
+            where=where,
+            expected="0 <= otau_norm_eps < 1, -1 <= otau_image_fill <= 1",
+            got=f"{config.norm_eps} and {config.image_fill}",
+            fix="correct them in the checkpoint's configuration",
         )
-    if config.advantage != "ignore":
-        raise UsageError(
-            "this policy reads an advantage label in its prompt, which otau does not compile",
-            where=f"{path}: advantage",
-            expected="ignore",
-            got=config.advantage,
+
+
+def _check_prompt(config: PolicyConfig, where: Path) -> None:
+    template, dims = config.prompt_template, config.state_text_dims
+    fields = re.findall(r"\{(.*?)\}", template) if template is not None else ["task"]
+    if fields.count("task") != 1 or not set(fields) <= {"task", "state"}:
+        raise CheckpointError(
+            "the prompt's template does not have the task once, or has something else to fill in",
+            where=f"{where}: otau_prompt_template",
+            expected="{task}, and {state} for a state in the prompt",
+            got=template,
+            fix="correct otau_prompt_template in the checkpoint's configuration",
+        )
+    if dims is not None and not 1 <= dims <= config.max_state_dim:
+        raise CheckpointError(
+            "the prompt lists another number of dimensions than the padded state has",
+            where=f"{where}: otau_state_text_dims",
+            expected=f"1 to {config.max_state_dim}",
+            got=dims,
+            fix="correct otau_state_text_dims in the checkpoint's configuration",
         )
