@@ -1,133 +1,200 @@
-"""Observations that a compiled policy is judged on, and the policy's own answer to them.
+"""Observations that a compiled policy is judged on; nothing is tuned on them.
 
-Nothing is tuned on the probes. They cover every delay up to the trained maximum and some beyond, and prefixes
-of several lengths, with a padded prompt and masked cameras among them.
+Three prefixes: `full` (all cameras, the longest prompt), `padded` (the same, half the prompt and all cameras
+but the first masked) and `short` (one camera, an eighth of the prompt). Each is decoded in rows: one for
+every delay up to the trained maximum, and for one, half and all of the chunk, which the graph serves too;
+`short`, on which the damaged and the bfloat16 policy are asked as well, has each delay with two noise seeds.
+A policy that knows no delay gets two rows a probe.
+
+At full size (968 tokens, chunk 50, 10 steps) `full` and `padded` cost 4.7 TFLOP each and `short` 1.3, and a
+row 0.39 TFLOP: with no trained delay (0, 1, 25, 50) 16 rows, 6.2 TFLOP. Each more delay adds 4 rows, 1.6
+TFLOP. The policy pays that once, the engines the prefixes once and the rows twice (on the reference's cache,
+and in the chain). In memory and in the bundle: 38 MB a prefix of 1024 tokens, 90 MB in all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from otau.toolchain.graph.export import decoder_inputs, prefix_inputs
-from otau.toolchain.graph.programs import DenoiseStep, Prefix
-from otau.training.policies import FlowPolicy, lay_out
+from otau.runtime.spec import Manifest
 
-__all__ = ["Answer", "Probe", "answer", "damaged", "folded_actions", "make_probes"]
+__all__ = [
+    "CONTROL_PROBE",
+    "CONTROL_ROWS",
+    "PROBE_NAMES",
+    "SEED_ROWS",
+    "Probe",
+    "ProbeFacts",
+    "ProbeFactsFromManifest",
+    "TensorShape",
+    "make_probes",
+    "probe_shapes",
+]
+
+PROBE_NAMES = ("full", "padded", "short")
+CONTROL_PROBE = "short"
+"""The cheapest probe: on it the damaged and the bfloat16 policy are asked, too."""
+SEED_ROWS = slice(0, 2)
+"""The rows of the control probe that differ by the noise alone: delay 0, the same state."""
+CONTROL_ROWS = slice(0, 1)
+"""The rows of the control probe that the damaged decoder is asked."""
+_OPEN, _CLOSE = 3, 2
+"""Tokens of the texts around a state in the prefix."""
+
+TensorShape = tuple[str, tuple[int, ...]]
+"""numpy's name of a dtype, and a shape."""
 
 
 @dataclass(frozen=True)
+class ProbeFacts:
+    """What of a policy decides the shapes and ranges of its probes and answers."""
+
+    cameras: int
+    height: int
+    width: int
+    image_tokens: int
+    """Tokens a camera takes of the prefix."""
+    prompt_length: int
+    vocab: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    chunk: int
+    action_dim: int
+    """True number of dimensions."""
+    max_action_dim: int
+    max_state_dim: int
+    max_delay: int
+    real_time_chunking: bool
+    state_in_prefix: bool
+    state_in_decoder: bool
+
+    @property
+    def delays(self) -> tuple[int, ...]:
+        """Every delay that is probed [control ticks]."""
+        if not self.real_time_chunking:
+            return (0,)
+        return tuple(sorted({*range(self.max_delay + 1), 1, self.chunk // 2, self.chunk}))
+
+    def row_delays(self, probe: str) -> tuple[int, ...]:
+        """The delay of each row of a probe."""
+        twice = probe == CONTROL_PROBE or not self.real_time_chunking
+        return tuple(delay for delay in self.delays for _ in range(1 + twice))
+
+    def sizes(self, probe: str) -> tuple[int, int]:
+        """Cameras and prompt tokens of a probe."""
+        if probe == "short":
+            return 1, max(1, self.prompt_length // 8)
+        return self.cameras, self.prompt_length
+
+    def prefix_length(self, probe: str) -> int:
+        """Prefix tokens P of a probe, the invalid ones among them."""
+        cameras, tokens = self.sizes(probe)
+        state = _OPEN + 1 + _CLOSE if self.state_in_prefix else 0
+        return cameras * self.image_tokens + tokens + state
+
+
+def ProbeFactsFromManifest(manifest: Manifest) -> ProbeFacts:  # noqa: N802 (<Target>From<Source>)
+    """The facts that a bundle states."""
+    return ProbeFacts(
+        cameras=len(manifest.cameras),
+        height=manifest.cameras[0].height,
+        width=manifest.cameras[0].width,
+        image_tokens=manifest.image_tokens,
+        prompt_length=manifest.prompt.max_length,
+        vocab=manifest.vocab,
+        layers=manifest.kv_layers,
+        kv_heads=manifest.kv_heads,
+        head_dim=manifest.head_dim,
+        chunk=manifest.flow.chunk,
+        action_dim=manifest.action.dim,
+        max_action_dim=manifest.action.max_dim,
+        max_state_dim=manifest.state.max_dim,
+        max_delay=manifest.flow.max_delay,
+        real_time_chunking=manifest.flow.real_time_chunking,
+        state_in_prefix=manifest.state_route == "prefix",
+        state_in_decoder=manifest.state_route == "decoder",
+    )
+
+
+@dataclass(frozen=True, eq=False)
 class Probe:
-    """Inputs of the prefix and of the decoder."""
+    """Inputs of the prefix and of the decoder, by the names that the graphs give them."""
 
     name: str
-    prefix: dict[str, Tensor]
-    decoder: dict[str, Tensor]
-    """Without the cache."""
+    prefix: dict[str, np.ndarray]
+    """A batch of one."""
+    decoder: dict[str, np.ndarray]
+    """Without the cache; a batch of the probe's rows."""
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a policy makes of a probe."""
-
-    keys: np.ndarray
-    """(layers, B, P, Hkv, D) float32."""
-    values: np.ndarray
-    """(layers, B, P, Hkv, D) float32."""
-    mask: np.ndarray
-    """(B, P) bool."""
-    actions: np.ndarray
-    """(B, T, A) float32, normalised."""
-
-
-def make_probes(policy: FlowPolicy, seed: int = 1) -> list[Probe]:
-    """The probes of a policy."""
-    cameras = len(policy.config.cameras())
-    longest = policy.prompt_length(policy.config)
-    delays = _delays(policy)
-    probes = []
-    for number, (name, tokens) in enumerate({"full": longest, "padded": longest, "short": 3}.items()):
-        prefix = prefix_inputs(policy, 1, cameras, tokens, seed=seed + number)
-        if name == "padded":
-            prefix["token_masks"][:, longest // 2 :] = False
-            prefix["image_masks"][:, 1:] = False
-        # One row a delay: all of them against the same observation.
-        decoder = decoder_inputs(policy, len(delays), seed=seed + 100 + number)
-        if policy.real_time_chunking:
-            decoder["delay"] = torch.tensor(delays)
-        probes.append(Probe(name, prefix, decoder))
-    return probes
+def probe_shapes(facts: ProbeFacts, probe: str) -> tuple[dict[str, TensorShape], dict[str, TensorShape]]:
+    """Dtypes and shapes of a probe's inputs: the prefix's and the decoder's."""
+    cameras, tokens = facts.sizes(probe)
+    rows = len(facts.row_delays(probe))
+    prefix: dict[str, TensorShape] = {
+        "images": ("float32", (1, cameras, 3, facts.height, facts.width)),
+        "image_masks": ("bool", (1, cameras)),
+        "tokens": ("int64", (1, tokens)),
+        "token_masks": ("bool", (1, tokens)),
+    }
+    if facts.state_in_prefix:
+        prefix["state"] = ("float32", (1, facts.max_state_dim))
+        prefix["state_open"] = ("int64", (_OPEN,))
+        prefix["state_close"] = ("int64", (_CLOSE,))
+    chunk = (rows, facts.chunk, facts.max_action_dim)
+    decoder: dict[str, TensorShape] = {"noise": ("float32", chunk)}
+    if facts.real_time_chunking:
+        decoder["action_prefix"] = ("float32", chunk)
+        decoder["delay"] = ("int64", (rows,))
+    if facts.state_in_decoder:
+        decoder["state"] = ("float32", (rows, facts.max_state_dim))
+    return prefix, decoder
 
 
-def _delays(policy: FlowPolicy) -> list[int]:
-    """Every delay that was trained, and one, half and all of the chunk, which the graph serves too."""
-    if not policy.real_time_chunking:
-        return [0]
-    chunk = policy.config.chunk_size
-    return sorted({*range(policy.config.max_delay + 1), 1, chunk // 2, chunk})
-
-
-@torch.no_grad()
-def answer(policy: FlowPolicy, probe: Probe, num_steps: int, given: Answer | None = None) -> Answer:
-    """The policy's answer, in PyTorch, with nothing folded.
+def make_probes(facts: ProbeFacts, seed: int = 1) -> tuple[Probe, ...]:
+    """The probes of a policy.
 
     Args:
-        policy: The reference.
-        probe: What it is asked.
-        num_steps: Euler steps.
-        given: Decode against the cache of this answer instead of the policy's own, so that a damaged
-            decoder is told from a damaged prefix.
+        facts: Of the policy.
+        seed: Another seed makes other probes of the same shapes.
     """
-    keys, values, mask = Prefix(policy)(**probe.prefix)
-    cache = (keys, values, mask) if given is None else _tensors(given)
-    laid_out, decoder_mask, inputs = _decoder_side(probe, *cache)
-    actions = policy.decode(laid_out, decoder_mask, inputs.pop("noise"), num_steps=num_steps, **inputs)
-    return Answer(keys.numpy(), values.numpy(), mask.numpy(), actions.numpy())
+    if not isinstance(facts, ProbeFacts):  # TEMPORARY: the pipeline still asks with a policy
+        from otau.toolchain.gate import earlier
+
+        return earlier.make_probes(facts, seed)
+    return tuple(_probe(facts, name, [seed, number]) for number, name in enumerate(PROBE_NAMES))
 
 
-@torch.no_grad()
-def folded_actions(program: DenoiseStep, probe: Probe, given: Answer) -> np.ndarray:
-    """The actions (B, T, A) of the folded steps in PyTorch, on the cache of an answer."""
-    cache, mask, inputs = _decoder_side(probe, *_tensors(given))
-    keys, values = ([kv[i] for kv in cache] for i in (0, 1))
-    x = inputs.pop("noise")
-    for step in range(len(program.schedule)):
-        x = program(x, torch.tensor(step), keys, values, mask, **inputs)
-    return x.numpy()
+def _probe(facts: ProbeFacts, name: str, seed: list[int]) -> Probe:
+    random = np.random.default_rng(seed)
+
+    def draw(key: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+        if dtype == "bool":
+            return np.ones(shape, bool)
+        if dtype == "int64":
+            return random.integers(0, facts.vocab, shape)
+        if key == "images":
+            return random.random(shape, np.float32) * 2 - 1
+        return random.standard_normal(shape, np.float32)
+
+    shapes = probe_shapes(facts, name)
+    prefix, decoder = ({key: draw(key, *spec) for key, spec in side.items()} for side in shapes)
+    if name == "padded":
+        prefix["token_masks"][:, (facts.prompt_length + 1) // 2 :] = False
+        prefix["image_masks"][:, 1:] = False
+    if facts.real_time_chunking:
+        decoder["delay"] = np.array(facts.row_delays(name), np.int64)
+    if "state" in decoder and name == CONTROL_PROBE:
+        decoder["state"][:] = decoder["state"][0]
+    return Probe(name, prefix, decoder)
 
 
-def _tensors(given: Answer) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.from_numpy(given.keys), torch.from_numpy(given.values), torch.from_numpy(given.mask)
+def __getattr__(name: str) -> object:  # TEMPORARY: what the pipeline still imports
+    if name in ("Answer", "answer", "damaged", "folded_actions"):
+        from otau.toolchain.gate import earlier
 
-
-def _decoder_side(
-    probe: Probe, keys: Tensor, values: Tensor, mask: Tensor
-) -> tuple[list[tuple[Tensor, Tensor]], Tensor, dict[str, Tensor]]:
-    rows = len(probe.decoder["noise"])
-    cache = lay_out(keys.expand(-1, rows, -1, -1, -1), values.expand(-1, rows, -1, -1, -1))
-    return cache, mask.expand(rows, -1), dict(probe.decoder)
-
-
-@contextmanager
-def damaged(policy: FlowPolicy) -> Iterator[None]:
-    """Scale one weight of each network by 1.01 for a while: the negative control of the gates.
-
-    The last layers, where damage has the least way to spread: the value projection of the VLM and the
-    feed-forward of the expert.
-    """
-    weights = (policy.vlm.layers[-1].self_attn.v_proj.weight, policy.expert.layers[-1].mlp.down_proj.weight)
-    originals = [weight.detach().clone() for weight in weights]
-    try:
-        with torch.no_grad():
-            for weight in weights:
-                weight.mul_(1.01)
-        yield
-    finally:
-        with torch.no_grad():
-            for weight, original in zip(weights, originals, strict=True):
-                weight.copy_(original)
+        return getattr(earlier, name)
+    raise AttributeError(name)
