@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import shutil
@@ -9,9 +10,10 @@ import shutil
 import msgspec
 import pytest
 
-from otau.runtime import Bundle
+from otau.runtime import Bundle, bundle_files
 from otau.runtime.errors import BundleError, MismatchError, UsageError
 from otau.runtime.manifest import MAX_MANIFEST_BYTES, decode_manifest, encode_manifest, manifest_fingerprint
+from otau.runtime.spec import FileSpec
 
 
 def reseal(bundle, **changes):
@@ -50,6 +52,46 @@ def test_another_size_is_refused(bundle, change):
     file.write_bytes(change(file.read_bytes()))
     with pytest.raises(BundleError, match="another size"):
         Bundle.open(bundle)
+
+
+def test_of_two_damaged_files_the_first_is_named_and_a_wrong_size_before_both(bundle):
+    for name in ("ingest.onnx", "prefix.onnx"):
+        raw = bytearray((bundle / name).read_bytes())
+        raw[10] ^= 1
+        (bundle / name).write_bytes(raw)
+    for _ in range(20):
+        with pytest.raises(BundleError, match="changed") as caught:
+            Bundle.open(bundle)
+        assert caught.value.where == bundle / "ingest.onnx"
+    (bundle / "tokenizer.json").write_bytes(b"")
+    with pytest.raises(BundleError, match="another size"):
+        Bundle.open(bundle)
+
+
+def test_a_damaged_file_does_not_wait_for_the_hash_of_a_large_one(bundle, monkeypatch):
+    size, read = 2**32, []
+
+    class Hash:
+        def update(self, data):
+            read.append(len(data))
+
+        def hexdigest(self):
+            return ""
+
+    monkeypatch.setattr(bundle_files.hashlib, "sha256", Hash)
+    with (bundle / "large").open("wb") as file:
+        file.truncate(size)
+    small = FileSpec(bytes=15, sha256="0")
+    with pytest.raises(BundleError, match="changed"):
+        bundle_files.verify_files(bundle, {"README.md": small, "large": FileSpec(bytes=size, sha256="")})
+    assert sum(read) < size
+
+
+@pytest.mark.parametrize("size", [0, 1, 256 * 1024 - 1, 256 * 1024, 256 * 1024 + 1, 10**6])
+def test_the_hash_of_a_file_is_that_of_its_bytes(tmp_path, size):
+    data = random.Random(size).randbytes(size)
+    (tmp_path / "file").write_bytes(data)
+    assert bundle_files.file_sha256(tmp_path / "file") == hashlib.sha256(data).hexdigest()
 
 
 def test_a_missing_file_is_named(bundle):
