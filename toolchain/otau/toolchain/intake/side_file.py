@@ -1,0 +1,62 @@
+"""`otau.json`: what a checkpoint of another project does not say about itself, said beside it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from otau.runtime.errors import CheckpointError, nearest_name
+
+__all__ = ["SIDE_FILE", "read_json", "read_side_file"]
+
+SIDE_FILE = "otau.json"
+
+_MAX_BYTES = 16 << 20
+
+Record = TypeVar("Record", bound=msgspec.Struct)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        CheckpointError: The file is not one, or unreasonably large.
+    """
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ValueError(f"{path.stat().st_size} bytes, more than {_MAX_BYTES}")
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(document, dict):
+            raise ValueError(f"a {type(document).__name__}")
+    except (ValueError, OSError, RecursionError) as error:
+        raise CheckpointError(
+            "a file of the checkpoint is not a JSON object", where=path, got=error, fix="copy it again"
+        ) from None
+    return document
+
+
+def read_side_file(folder: Path, kind: type[Record]) -> Record | None:
+    """`otau.json` of a checkpoint folder, or None where there is none.
+
+    Args:
+        folder: The checkpoint.
+        kind: A record that forbids unknown fields.
+
+    Raises:
+        CheckpointError: The file is not valid; an unknown key is named with the nearest valid one.
+    """
+    path = folder / SIDE_FILE
+    if not path.is_file():
+        return None
+    try:
+        return msgspec.convert(read_json(path), kind)
+    except msgspec.ValidationError as error:
+        unknown = re.search(r"unknown field `([^`]*)`", str(error))
+        fix = nearest_name(unknown.group(1), kind.__struct_fields__) if unknown else "correct this key"
+        raise CheckpointError(
+            "what is said about the checkpoint is not valid", where=path, got=error, fix=fix
+        ) from None
