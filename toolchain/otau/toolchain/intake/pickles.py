@@ -22,8 +22,8 @@ __all__ = ["MAX_PICKLE_BYTES", "Name", "Record", "read_pickle"]
 MAX_PICKLE_BYTES = 64 << 20
 """The pickle of a 3.4-billion-parameter policy's model states takes 0.2 MB: tensors lie outside of it."""
 
-_MAX_OPCODES = 2_000_000
-"""About 50 a tensor. Each costs at most some 200 bytes of memory, so a stream fills 400 MB at worst."""
+_MAX_OPCODES = 1_000_000
+"""About 50 a tensor. Each costs at most some 200 bytes of memory, so a stream fills 200 MB at worst."""
 
 _MAX_STRING_BYTES = 16 << 20
 _MAX_LINE_BYTES = 1024

@@ -6,12 +6,14 @@ import json
 import os
 import struct
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from otau.runtime.errors import CheckpointError
+from otau.toolchain.intake.files import FileRead
 from otau.toolchain.intake.safetensors import DTYPES
 from otau.training.policies.weights import StoredTensor
 
@@ -21,12 +23,25 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000
 """What the safetensors library opens at most."""
 
+_BUFFER_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class _Cast:
+    """The `read` of a tensor in another type."""
+
+    source: StoredTensor
+    dtype: torch.dtype
+
+    def __call__(self) -> Tensor:
+        return self.source.read().to(self.dtype)
+
 
 def stored_as(tensor: StoredTensor, dtype: torch.dtype | None) -> StoredTensor:
     """A tensor in another floating-point type; integers and booleans stay what they are."""
     if dtype is None or tensor.dtype == dtype or not tensor.dtype.is_floating_point:
         return tensor
-    return StoredTensor(tensor.shape, dtype, lambda: tensor.read().to(dtype))
+    return StoredTensor(tensor.shape, dtype, _Cast(tensor, dtype))
 
 
 def write_safetensors(
@@ -50,14 +65,17 @@ def write_safetensors(
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
     header = _header(path, ordered, metadata)
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    buffer = memoryview(bytearray(_BUFFER_BYTES))
     try:
         _write(handle, memoryview(struct.pack("<Q", len(header)) + header))
         for key, stored in ordered.items():
-            tensor = stored.read()
-            if tuple(tensor.shape) != stored.shape or tensor.dtype != stored.dtype:
-                raise RuntimeError(f"{key} is read as {tensor.dtype} {list(tensor.shape)}")
-            _write(handle, _bytes(tensor))
-            yield stored.nbytes
+            written = 0
+            for part in _parts(stored, buffer):
+                _write(handle, part)
+                written += len(part)
+            if written != stored.nbytes:
+                raise RuntimeError(f"{key}: {written:,} bytes instead of {stored.nbytes:,}")
+            yield written
         os.fsync(handle)
     finally:
         os.close(handle)
@@ -91,6 +109,18 @@ def _header(path: Path, tensors: Mapping[str, StoredTensor], metadata: Mapping[s
             fix="give a smaller --max-shard-size",
         )
     return header + b" " * (-len(header) % 8)
+
+
+def _parts(tensor: StoredTensor, buffer: memoryview) -> Iterator[memoryview]:
+    """A tensor's bytes; where they lie in files as they are, a part at a time and never all in memory."""
+    read, dtype = tensor.read, None
+    if isinstance(read, _Cast):
+        read, dtype = read.source.read, read.dtype
+    if not isinstance(read, FileRead):
+        yield _bytes(tensor.read())
+        return
+    for part in read.read_through(buffer):
+        yield part if dtype is None else _bytes(torch.frombuffer(part, dtype=read.dtype).to(dtype))
 
 
 def _bytes(tensor: Tensor) -> memoryview:

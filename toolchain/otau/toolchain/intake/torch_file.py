@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from otau.runtime.errors import CheckpointError
-from otau.toolchain.intake.files import damaged, open_file, read_exactly, read_into
+from otau.toolchain.intake.files import FileRead, Piece, damaged, open_file, read_exactly
 from otau.toolchain.intake.pickles import MAX_PICKLE_BYTES, Name, read_pickle
 from otau.toolchain.intake.zip_entries import ZipEntry, read_entries
 from otau.training.policies.weights import StoredTensor
@@ -117,7 +117,16 @@ class TorchTensor:
 
     def stored(self) -> StoredTensor:
         """The tensor as every format gives it."""
-        return StoredTensor(self.shape, self.dtype, partial(_read, self))
+        if self.is_contiguous:
+            return FileRead(self.pieces(0, self.numel), self.shape, self.dtype).stored()
+        return StoredTensor(self.shape, self.dtype, partial(_read_strided, self))
+
+    def pieces(self, begin: int, end: int) -> tuple[Piece, ...]:
+        """Where its numbers from `begin` to `end` lie, if it is contiguous."""
+        width = self.dtype.itemsize
+        if begin >= end:
+            return ()
+        return (Piece(self.path, self.start + begin * width, (end - begin) * width),)
 
 
 def read_torch_file(path: Path) -> Any:
@@ -321,15 +330,9 @@ def _tensor(
     return TorchTensor(path, storage, offset * dtype.itemsize, shape, steps, dtype)
 
 
-def _read(tensor: TorchTensor) -> Tensor:
-    """Reads a tensor, contiguous."""
-    extent = tensor.numel
-    if not tensor.is_contiguous:
-        extent = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride, strict=True))
-    flat = torch.empty(extent, dtype=tensor.dtype)
-    if extent:
-        with open_file(tensor.path) as handle:
-            read_into(handle, tensor.start, memoryview(flat.view(torch.uint8).numpy()), tensor.path)
-    if tensor.is_contiguous:
-        return flat.view(tensor.shape)
+def _read_strided(tensor: TorchTensor) -> Tensor:
+    """Reads a transposed or sliced tensor: all that it spans, and then its numbers in order."""
+    extent = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride, strict=True))
+    spanned = Piece(tensor.path, tensor.start, extent * tensor.dtype.itemsize)
+    flat = FileRead((spanned,), (extent,), tensor.dtype)()
     return flat.as_strided(tensor.shape, tensor.stride).contiguous()

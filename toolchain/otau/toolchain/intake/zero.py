@@ -14,14 +14,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from otau.toolchain.intake.files import open_file, read_into
+from otau.toolchain.intake.files import FileRead, Piece
 from otau.toolchain.intake.opened import OpenedCheckpoint
 from otau.toolchain.intake.torch_file import TorchTensor
 from otau.toolchain.intake.zero_shards import (
@@ -40,15 +37,6 @@ from otau.toolchain.intake.zero_shards import (
 from otau.training.policies.weights import StoredTensor
 
 __all__ = ["is_zero", "open_zero"]
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Bytes of a file that are a part of a tensor."""
-
-    path: Path
-    start: int
-    nbytes: int
 
 
 def is_zero(folder: Path) -> bool:
@@ -109,8 +97,7 @@ def _merge_cut_groups(
         dtype = _one_dtype(parts)
         at = 0
         for (name, shape), padding in zip(group.items(), paddings, strict=True):
-            pieces = _cut(parts, at, at + math.prod(shape))
-            merged[name] = StoredTensor(shape, dtype, partial(_read_pieces, pieces, shape, dtype))
+            merged[name] = FileRead(_cut(parts, at, at + math.prod(shape)), shape, dtype).stored()
             at += math.prod(shape) + padding
         # What is left over is padding: of a rank to an even number, and of the ranks to one length.
         held, align = sum(part.numel for part in parts), 2 * len(parts)
@@ -138,9 +125,13 @@ def _merge_cut_parameters(
     merged = {}
     at, dtype = 0, _one_dtype([group for optimizer in optimizers for group in optimizer.groups])
     for name, shape in (item for group in states.groups for item in group.items()):
-        part = -(-math.prod(shape) // len(optimizers))
-        pieces = [piece for o in optimizers for piece in _cut(o.groups, at, at + part)]
-        merged[name] = StoredTensor(shape, dtype, partial(_read_pieces, pieces, shape, dtype))
+        count = math.prod(shape)
+        part = -(-count // len(optimizers))
+        pieces: list[Piece] = []
+        for rank, optimizer in enumerate(optimizers):
+            # The last ones may have less than a part, or nothing: the rest is padding.
+            pieces += _cut(optimizer.groups, at, at + max(0, min(part, count - rank * part)))
+        merged[name] = FileRead(tuple(pieces), shape, dtype).stored()
         at += part
     if at != sum(sizes):
         refuse("masters of other parameters", first.path, f"{at:,} numbers a rank", f"{sum(sizes):,}")
@@ -183,34 +174,19 @@ def _merge_frozen(models: Sequence[ModelStates], name: str, shape: tuple[int, ..
     if not all(is_flat(part) and part.numel == -(-count // len(models)) for part in parts):
         refuse("a frozen parameter of another size", where, list(shape), [list(p.shape) for p in parts])
     dtype = _one_dtype(parts)
-    return StoredTensor(shape, dtype, partial(_read_pieces, _cut(parts, 0, count), shape, dtype))
+    return FileRead(_cut(parts, 0, count), shape, dtype).stored()
 
 
-def _cut(vectors: Sequence[TorchTensor], begin: int, end: int) -> list[_Piece]:
+def _cut(vectors: Sequence[TorchTensor], begin: int, end: int) -> tuple[Piece, ...]:
     """Where the numbers from `begin` to `end` of several vectors in a row lie."""
-    pieces, at = [], 0
+    pieces: list[Piece] = []
+    at = 0
     for vector in vectors:
-        low, high = max(begin, at), min(end, at + vector.numel)
-        if low < high:
-            width = vector.dtype.itemsize
-            pieces.append(_Piece(vector.path, vector.start + (low - at) * width, (high - low) * width))
+        pieces += vector.pieces(max(begin - at, 0), min(end - at, vector.numel))
         at += vector.numel
     if end > at:
         refuse("masters of other parameters", vectors[0].path, f"{end:,} numbers", f"{at:,}")
-    return pieces
-
-
-def _read_pieces(pieces: Sequence[_Piece], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    tensor = torch.empty(shape, dtype=dtype)
-    if tensor.numel():
-        view, at = memoryview(tensor.view(-1).view(torch.uint8).numpy()), 0
-        for piece in pieces:
-            # The last ones may be a rank's padding.
-            part = view[at : at + piece.nbytes]
-            with open_file(piece.path) as handle:
-                read_into(handle, piece.start, part, piece.path)
-            at += len(part)
-    return tensor
+    return tuple(pieces)
 
 
 def _as_float32(tensor: StoredTensor) -> StoredTensor:
