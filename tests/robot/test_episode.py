@@ -80,7 +80,6 @@ class ConstantPolicy:
     """Ten actions a chunk, of which four are meant to be executed."""
 
     def __init__(self, action=0.1, seconds=0.0):
-        self.manifest = SimpleNamespace(flow=SimpleNamespace(n_action_steps=4))
         self.seen = []
         self.noise = []
         self._action, self._seconds = action, seconds
@@ -89,7 +88,7 @@ class ConstantPolicy:
         self.seen.append(observation)
         self.noise.append(rng.standard_normal())
         time.sleep(self._seconds)
-        return SimpleNamespace(actions=np.full((10, 1), self._action, np.float32))
+        return SimpleNamespace(actions=np.full((10, 1), self._action, np.float32), n_action_steps=4)
 
 
 class TestPointRobot(RobotConformance):

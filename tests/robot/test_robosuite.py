@@ -45,7 +45,6 @@ class LiftExpert:
     """Lifts the cube by knowing where it is: approach from above, descend, close, lift."""
 
     def __init__(self, robot):
-        self.manifest = SimpleNamespace(flow=SimpleNamespace(n_action_steps=1))
         self._robot = robot
         self._closing = 0
 
@@ -59,7 +58,7 @@ class LiftExpert:
             goal = hand + [0, 0, 0.1]
         gripper = 1.0 if self._closing else -1.0
         action = np.concatenate([np.clip((goal - hand) * 10, -1, 1), np.zeros(3), [gripper]])
-        return SimpleNamespace(actions=action[None])
+        return SimpleNamespace(actions=action[None], n_action_steps=1)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from otau.runtime.errors import BundleError, MismatchError, OtauError
 from otau.runtime.manifest import decode_manifest, encode_manifest, manifest_fingerprint
-from otau.runtime.spec import SCHEMA_VERSION, CameraSpec
+from otau.runtime.spec import SCHEMA_VERSION, CameraSpec, TensorSpec
 
 FUZZ = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 
@@ -123,8 +123,40 @@ def camera(name, height=8, width=8):
     return CameraSpec(name=name, height=height, width=width)
 
 
+def half(graph):
+    inputs = tuple(msgspec.structs.replace(tensor, dtype="float16") for tensor in graph.inputs)
+    return msgspec.structs.replace(graph, inputs=inputs)
+
+
+def single_step(graph):
+    """The spec of a step that belongs to a decoder."""
+    noise = next(tensor for tensor in graph.inputs if tensor.name == "noise")
+    others = tuple(tensor for tensor in graph.inputs if tensor is not noise)
+    x, x_next = (msgspec.structs.replace(noise, name=name) for name in ("x", "x_next"))
+    step = TensorSpec(name="step", dtype="int64", shape=())
+    return msgspec.structs.replace(graph, inputs=(x, step, *others), outputs=(x_next,))
+
+
 def nested(record, field, **fields):
     return {field: msgspec.structs.replace(getattr(record, field), **fields)}
+
+
+def test_a_single_step_of_the_decoder_may_be_there(manifest):
+    graphs = manifest.graphs | {"decoder_step": single_step(manifest.graphs["decoder"])}
+    both = changed(manifest, graphs=graphs)
+    assert decode_manifest(encode_manifest(both), "here") == both
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_weights_may_be_narrower(manifest, precision):
+    narrow = changed(manifest, precision=precision)
+    assert decode_manifest(encode_manifest(narrow), "here").precision == precision
+
+
+def test_another_precision_is_refused(manifest):
+    document = json.loads(encode_manifest(manifest)) | {"precision": "int8"}
+    with pytest.raises(BundleError, match=r"Invalid enum value 'int8' - at `\$.precision`"):
+        decode_manifest(json.dumps(document).encode(), "here")
 
 
 @pytest.mark.parametrize(
@@ -161,6 +193,22 @@ def nested(record, field, **fields):
             "several sizes",
         ),
         (lambda m: {"graphs": {"prefix": m.graphs["prefix"]}}, "graphs are"),
+        (lambda m: {"graphs": m.graphs | {"decoder_steps": m.graphs["decoder"]}}, "graphs are"),
+        (lambda m: {"graphs": m.graphs | {"decoder_step": m.graphs["decoder"]}}, "decoder_step takes"),
+        (
+            lambda m: {"graphs": m.graphs | {"ingest": half(m.graphs["ingest"])}},
+            "ingest graph.*not float32: k",
+        ),
+        (lambda m: nested(m, "pictures", fill=2.0), "pictures.fill is 2"),
+        (lambda m: nested(m, "norm", eps=-1e-6), "norm.eps is -1e-06"),
+        (lambda m: nested(m, "norm", heads=("arm", "arm")), "norm.heads have the same name"),
+        (lambda m: {"delta_actions": {"01": 0}}, "action '01'"),
+        (lambda m: nested(m, "prompt", template="Task: {state}"), "does not have {task} once"),
+        (lambda m: nested(m, "prompt", template="{task}"), "the state is read in: prompt"),
+        (lambda m: {"state_route": "none"}, "the state is read in: none"),
+        (lambda m: nested(m, "prompt", state_open="State: "), "state_open and state_close"),
+        (lambda m: nested(m, "prompt", state_dims=None), "state_dims is None"),
+        (lambda m: nested(m, "prompt", state_dims=99), r"state_dims 99 is not within 1\.\.4"),
         (lambda m: nested(m, "prompt", tokenizer="other.json"), "'other.json' is not among"),
         (lambda m: {"files": m.files | {"manifest.json": m.files["prefix.onnx"]}}, "among its own files"),
     ],

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from otau.runtime.errors import BundleError, UsageError
-from otau.runtime.normalise import Normaliser, round_to_bfloat16
+from otau.runtime.normalise import Normaliser, find_head, round_to_bfloat16
 
 KEYS = {"MEAN_STD": ("mean", "std"), "MIN_MAX": ("min", "max"), "QUANTILE": ("q01", "q99")}
 HEADS, WIDTH = 2, 3
@@ -63,6 +63,48 @@ def test_a_constant_dimension_goes_to_the_middle_or_to_the_edge(centre, expected
     constant = np.float32([[5]])
     codec = normaliser("MIN_MAX", constant, constant, centre_degenerate=centre)
     np.testing.assert_allclose(codec.normalise(constant, np.array([0])), expected, atol=2e-6)
+
+
+@given(
+    mode=st.sampled_from(sorted(KEYS)),
+    version=st.sampled_from([None, 0, 1]),
+    constant=VALUES,
+    value=VALUES,
+)
+def test_a_dimension_without_a_spread_is_shifted_and_not_blown_up(mode, version, constant, value):
+    """Of every mode and version: its denominator becomes 1, so values differ by what they are apart."""
+    first = np.float32([[constant]])
+    codec = normaliser(
+        mode,
+        first,
+        np.zeros_like(first) if mode == "MEAN_STD" else first,
+        eps=1e-8 if version == 0 else 1e-6,
+        centre_degenerate=version == 1,
+    )
+    head = np.array([0])
+    middle = codec.normalise(first, head)
+    np.testing.assert_allclose(middle, 0 if mode == "MEAN_STD" or version == 1 else -1, atol=2e-6)
+    moved = codec.normalise(np.float32([[value]]), head) - middle
+    distance = (value - constant) * (1 if mode == "MEAN_STD" else 2)
+    np.testing.assert_allclose(moved, distance, rtol=1e-5, atol=1e-4)
+
+
+def test_without_an_epsilon_a_dimension_must_have_a_spread():
+    spread = np.float32([[1, 1], [1, 0]])
+    codec = normaliser("MEAN_STD", np.zeros_like(spread), spread + np.float32([[0, 0], [0, 2]]), eps=0.0)
+    np.testing.assert_array_equal(codec.normalise(np.float32([[3, 4]]), np.array([1])), [[3, 2]])
+    with pytest.raises(BundleError, match=r"no scale to divide by(.|\n)*\(1, 1\)"):
+        normaliser("MEAN_STD", np.zeros_like(spread), spread, eps=0.0)
+
+
+def test_a_head_is_found_by_its_name_or_number():
+    heads = ("arm::joint", "arm::pose", "0")
+    assert [find_head(name, heads, "") for name in ("arm::pose", "1", "0", "2")] == [1, 1, 2, 2]
+    for name in ("arm::jont", "3", "-1", "1.0", ""):
+        with pytest.raises(UsageError, match=r"no such normalisation head(.|\n)*--norm-head"):
+            find_head(name, heads, "--norm-head")
+    with pytest.raises(UsageError, match="did you mean 'arm::joint'"):
+        find_head("arm::jont", heads, "--norm-head")
 
 
 def test_identity_changes_nothing_and_takes_any_width():

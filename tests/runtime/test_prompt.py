@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from otau.runtime.errors import UsageError
-from otau.runtime.prompt import PromptEncoder, fill_template, state_bins
+from otau.runtime.prompt import PromptEncoder, clean_task, fill_template, state_bins, state_text
 
 
 @given(st.text(), st.text())
@@ -24,6 +24,35 @@ def test_task_and_state_go_in_as_they_are(task, state):
 def test_a_newline_is_added_only_to_a_task_without_one():
     assert fill_template("{task}\n", "lift") == "lift\n"
     assert fill_template("{task}\n", "lift\n") == "lift\n"
+
+
+def test_a_label_follows_the_newline():
+    template = "{task}\nAdvantage: positive\n"
+    for task in ("lift", "lift\n"):
+        assert fill_template(template, task) == "lift\nAdvantage: positive\n"
+
+
+def test_a_task_is_cleaned_only_where_the_policy_was_trained_so(encoder):
+    assert clean_task(" pick_up\nthe cup \n") == "pick up the cup"
+    given = [" pick_up"]
+    spec = msgspec.structs.replace(encoder.spec, clean_task=True)
+    assert encoder.encode(given, [""])[0].tolist() == [[2, 1, 7, 7, 7]]
+    encoder.spec = spec
+    assert encoder.encode(given, [""])[0].tolist() == [[2, 5, 6, 7, 7]]
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=9))
+def test_digitized_bins_are_numpys(values):
+    values = np.float32(values)
+    expected = np.digitize(values.astype(np.float64), np.linspace(-1, 1, 257)[:-1]) - 1
+    np.testing.assert_array_equal(state_bins(values, "digitize"), expected)
+
+
+def test_the_two_rules_differ_below_and_just_beneath_an_edge():
+    values = np.float32([-1.5, -1e-9, 0, 1, np.inf, -np.inf])
+    assert state_bins(values).tolist() == [0, 128, 128, 255, 255, 0]
+    assert state_bins(values, "digitize").tolist() == [-1, 127, 128, 255, 255, -1]
+    assert state_text(state_bins(values[:2], "digitize")) == "-1 127"
 
 
 def test_bins_of_nan_are_refused():

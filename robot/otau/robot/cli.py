@@ -34,6 +34,14 @@ def run(
     prompt: Annotated[
         str | None, typer.Option(metavar="TEXT", help="The task.", show_default="the robot's own")
     ] = None,
+    norm_head: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Normalisation head of this robot, by name or number.",
+            show_default="the bundle's only one",
+        ),
+    ] = None,
     realtime: Annotated[bool, typer.Option("--realtime", help="Pace a simulator by the clock.")] = False,
     libero_assets: Annotated[
         Path | None,
@@ -57,7 +65,7 @@ def run(
 
     options = {} if libero_assets is None else {"assets": libero_assets}
     with stdout_to_stderr():
-        document = _drive(bundle, robot, options, steps, video, seed, prompt, realtime)
+        document = _drive(bundle, robot, options, steps, video, seed, prompt, norm_head, realtime)
     print(json.dumps(document, indent=2) if json_output else _summary(document))
 
 
@@ -69,6 +77,7 @@ def _drive(
     video: Path | None,
     seed: int,
     prompt: str | None,
+    norm_head: str | None,
     realtime: bool,
 ) -> dict[str, Any]:
     """Run the episode and say what happened; whatever does not fit is refused before anything moves."""
@@ -104,7 +113,7 @@ def _drive(
         limit = steps or spec.max_steps
         if limit is None:
             raise UsageError("nothing ends an episode of this robot", where=target, fix="give --steps N")
-        policy = stack.enter_context(Policy.open(bundle))
+        policy = stack.enter_context(Policy.open(bundle, norm_head=norm_head))
         film = None if video is None else stack.enter_context(VideoWriter(video, spec.rate))
         result = run_episode(
             robot,

@@ -135,7 +135,7 @@ class _ChunkBuffer:
         start = time.perf_counter()
         chunk = self._policy.infer(observation, rng=self._rng)
         self.latencies_ms.append((time.perf_counter() - start) * 1e3)
-        self._actions.extend(chunk.actions[: self._policy.manifest.flow.n_action_steps])
+        self._actions.extend(chunk.actions[: chunk.n_action_steps])
 
     def take(self) -> np.ndarray:
         return self._actions.popleft()
