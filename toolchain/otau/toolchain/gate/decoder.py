@@ -73,8 +73,14 @@ def gate_decoder(
     def decode(
         probe: Probe, cache: PrefixAnswer, run: Callable[[dict[str, np.ndarray]], np.ndarray] = run_all
     ) -> np.ndarray:
+        wanted = reference.caches[probe.name]
+        wrong = np.full_like(reference.actions[probe.name], np.nan)
+        if cache.keys.shape != wanted.keys.shape or cache.values.shape != wanted.values.shape:
+            return wrong
         parts = [run(inputs) for inputs in _batches(ingest, probe, cache)]
-        return np.concatenate(parts).astype(np.float32)
+        if any(part.shape[1:] != wrong.shape[1:] for part in parts) or sum(map(len, parts)) != len(wrong):
+            return wrong
+        return np.concatenate(parts)
 
     # On the policy's own cache, so that an error of the prefix cannot hide one of the decoder.
     alone = {probe.name: decode(probe, reference.caches[probe.name]) for probe in reference.probes}
