@@ -59,6 +59,7 @@ _OWN = {
         "image_padding",
         "image_resize",
         "image_fill",
+        "flow_times",
     )
 }
 """Field -> key in a file, for what is not OpenTau's."""
@@ -118,6 +119,8 @@ class PolicyConfig(msgspec.Struct, frozen=True, kw_only=True, rename=_OWN):
     image_resize: Literal["bilinear", "pillow"] = "bilinear"
     image_fill: float = 0.0
     """Value of the letterbox's free part, where pictures are in [0, 1]."""
+    flow_times: Literal["sum", "multiples"] = "sum"
+    """At which flow times the Euler steps are taken: see `otau.training.policies.flow.flow_times`."""
 
     def cameras(self) -> dict[str, tuple[int, int]]:
         """Camera name -> (height, width) [px], in the order of the prefix.

@@ -7,6 +7,7 @@ formula moves actions by up to 3e-5 (measured on the golden cases).
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,18 +22,20 @@ def euler_dt(num_steps: int) -> Tensor:
     return torch.tensor(-1.0 / num_steps, dtype=torch.float32)
 
 
-def flow_times(num_steps: int) -> Tensor:
+def flow_times(num_steps: int, rule: Literal["sum", "multiples"] = "sum") -> Tensor:
     """Flow time at the start of each Euler step.
-
-    A running sum in float32, as training and serving have always computed it (0.9, 0.79999995, ...), not
-    the exact multiples.
 
     Args:
         num_steps: Number of steps, at least 1.
+        rule: `sum` is a running sum in float32, as OpenTau and openpi have it (0.9, 0.79999995, ...).
+            `multiples` are those of the step, rounded once, as LeRobot has them since 0.4.3.
 
     Returns:
         (num_steps,) float32, from 1 down.
     """
+    if rule == "multiples":
+        steps = [1.0 + step * (-1.0 / num_steps) for step in range(num_steps)]
+        return torch.tensor(steps, dtype=torch.float32)
     times = [torch.tensor(1.0)]
     for _ in range(num_steps - 1):
         times.append(times[-1] + euler_dt(num_steps))

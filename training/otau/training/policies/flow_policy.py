@@ -211,7 +211,7 @@ class FlowPolicy(nn.Module, ABC):
         num_steps = num_steps or self.config.num_steps
         frozen = frozen_rows(delay, noise) if delay is not None else None
         x = freeze(noise, action_prefix, frozen)
-        for t in flow_times(num_steps):
+        for t in flow_times(num_steps, self.config.flow_times):
             condition = self.time_condition(t.expand(1, noise.shape[1]))
             if frozen is not None:
                 # A frozen row is clean, and is told so: its flow time is 0.
