@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 from otau.toolchain.graph.weights import constant_array, fresh_name, is_weight
 
@@ -82,7 +83,7 @@ class BoundMaskFill(ir.passes.InPlacePass):
             graph.register_initializer(fill)
             for use in mask_uses:
                 use.node.replace_input_with(use.idx, fill)
-        ir.passes.common.RemoveUnusedNodesPass()(model)
+        common.RemoveUnusedNodesPass()(model)
         return ir.passes.PassResult(model, modified=bool(uses))
 
     def ensures(self, model: ir.Model) -> None:

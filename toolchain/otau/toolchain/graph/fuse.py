@@ -66,7 +66,8 @@ def _fuse(graph: ir.Graph, group: list[ir.Node]) -> None:
     product = ir.node("MatMul", [group[0].inputs[0], fused])
     whole, first = product.outputs[0], group[0].outputs[0]
     whole.type = first.type
-    whole.shape = ir.Shape([*list(first.shape)[:-1], sum(widths)])
+    if first.shape is not None:
+        whole.shape = ir.Shape([*list(first.shape)[:-1], sum(widths)])
     parts = [ir.Value(shape=n.outputs[0].shape, type=n.outputs[0].type) for n in group]
     split = ir.node("Split", [whole, sizes], {"axis": -1}, outputs=parts)
     graph.insert_before(group[0], [product, split])

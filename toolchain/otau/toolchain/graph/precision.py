@@ -5,6 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 from otau.runtime.errors import CheckpointError
 from otau.toolchain.graph.weights import derived_weight, is_weight
@@ -53,7 +54,7 @@ class StoreWeightsAs(ir.passes.InPlacePass):
                 model.graph.insert_before(node, cast)
                 casts[weight] = cast.outputs[0]
             node.replace_input_with(index, casts[weight])
-        ir.passes.common.RemoveUnusedNodesPass()(model)
+        common.RemoveUnusedNodesPass()(model)
         return ir.passes.PassResult(model, modified=bool(stored))
 
     def ensures(self, model: ir.Model) -> None:

@@ -10,6 +10,7 @@ import onnx.reference.ops
 import onnx_ir as ir
 import onnxscript.optimizer
 import onnxscript.rewriter
+from onnx_ir.passes import common
 
 from otau.toolchain.graph.weights import (
     constant_array,
@@ -43,7 +44,6 @@ class FoldConstants(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Fold and rewrite until nothing changes."""
-        common = ir.passes.common
         with weights_hidden(model):
             onnxscript.optimizer.inline(model)
             for _ in range(_FOLD_ROUNDS):
@@ -99,7 +99,7 @@ class FoldWeightExpressions(ir.passes.InPlacePass):
             output.replace_all_uses_with(folded_weight)
             graph.remove(node, safe=True)
             folded += 1
-        ir.passes.common.RemoveUnusedNodesPass()(model)
+        common.RemoveUnusedNodesPass()(model)
         return ir.passes.PassResult(model, modified=folded > 0)
 
     def ensures(self, model: ir.Model) -> None:
@@ -119,7 +119,7 @@ class RemoveUnused(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Remove nodes and initializers, then inputs."""
-        modified = ir.passes.common.RemoveUnusedNodesPass()(model).modified
+        modified = common.RemoveUnusedNodesPass()(model).modified
         unused = _unused_inputs(model.graph)
         for value in unused:
             model.graph.inputs.remove(value)
@@ -141,7 +141,7 @@ class ShareCommonSubexpressions(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Let equal nodes with equal inputs be one node."""
-        return ir.passes.common.CommonSubexpressionEliminationPass()(model)
+        return common.CommonSubexpressionEliminationPass()(model)
 
 
 class ClearMetadata(ir.passes.InPlacePass):
@@ -149,7 +149,7 @@ class ClearMetadata(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Clear metadata and documentation strings."""
-        return ir.passes.common.ClearMetadataAndDocStringPass()(model)
+        return common.ClearMetadataAndDocStringPass()(model)
 
     def ensures(self, model: ir.Model) -> None:
         """No node has a note."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 from otau.toolchain.graph.weights import constant_array
 
@@ -31,7 +32,7 @@ class StraightenKeyTransposes(ir.passes.InPlacePass):
             output.type, output.shape = keys.type, ir.Shape([keys.shape[axis] for axis in (0, 1, 3, 2)])
             graph.insert_before(node, transposed)
             node.outputs[0].replace_all_uses_with(output)
-        ir.passes.common.RemoveUnusedNodesPass()(model)
+        common.RemoveUnusedNodesPass()(model)
         return ir.passes.PassResult(model, modified=bool(found))
 
     def ensures(self, model: ir.Model) -> None:
