@@ -6,6 +6,7 @@ are written out again in these tests.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from otau.runtime.errors import CheckpointError, OtauError, UsageError
@@ -426,6 +429,10 @@ REFUSED = {
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no weights"),
     "an unknown setting": (_configure(use_visual_memory=True), "use_visual_memory = True"),
     "a setting of another type": (_configure(chunk_size="ten"), "not valid"),
+    "a state without dimensions": (
+        _configure(input_features={"observation.state": {"type": "STATE", "shape": []}}),
+        "feature's shape",
+    ),
     "another period": (_configure(min_period=0.1), "min_period"),
     "a history": (_configure(n_obs_steps=2), "n_obs_steps"),
     "guidance": (_configure(rtc_config={"enabled": True}), "rtc_config"),
@@ -507,6 +514,44 @@ def test_a_policy_of_another_name_is_a_usage_error(lerobot):
     assert is_lerobot(folder)
     with pytest.raises(UsageError, match="smolvla"):
         open_lerobot(folder)
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 100)
+    | st.floats()
+    | st.sampled_from(["", "STATE", "pi05", "../x"]),
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.sampled_from(["a", "eps"]), values),
+    max_leaves=5,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None)
+@given(data=st.data())
+def test_any_value_anywhere_in_a_file_is_opened_or_refused(lerobot, tmp_path, data):
+    folder = tmp_path / "lerobot"
+    folder = folder if folder.exists() else lerobot("pi05")
+    names = ("config.json", "policy_preprocessor.json", "policy_postprocessor.json")
+    path = folder / data.draw(st.sampled_from(names))
+    text = path.read_text()
+    document = node = json.loads(text)
+    while True:
+        keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+        key = data.draw(st.sampled_from(keys))
+        inner = node[key]
+        if isinstance(inner, dict | list) and inner and data.draw(st.booleans()):
+            node = inner
+            continue
+        node[key] = data.draw(JSON)
+        break
+    write_json(path, document)
+    try:
+        with contextlib.suppress(OtauError):
+            is_lerobot(folder)
+            open_lerobot(folder)
+    finally:
+        path.write_text(text)
 
 
 def test_lerobot_is_told_from_others_by_content(lerobot, tiny, tmp_path):

@@ -6,6 +6,7 @@ its formulas are written out again in these tests.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from otau.runtime.errors import CheckpointError, OtauError, UsageError
@@ -282,6 +285,43 @@ def test_statistics_outside_of_the_checkpoint_are_not_read(openpi, tmp_path):
     inner.symlink_to(tmp_path / "norm_stats.json")
     with pytest.raises(CheckpointError, match="not one set"):
         open_openpi(folder)
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 100)
+    | st.floats()
+    | st.sampled_from(["", "base_0_rgb", "../x"]),
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.sampled_from(["a", "0"]), values),
+    max_leaves=5,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None)
+@given(data=st.data())
+def test_any_value_anywhere_in_a_file_is_opened_or_refused(openpi, tmp_path, data):
+    folder = tmp_path / "openpi"
+    folder = folder if folder.exists() else openpi("pi05")
+    names = ("config.json", "otau.json", "assets/physical-intelligence/libero/norm_stats.json")
+    path = folder / data.draw(st.sampled_from(names))
+    text = path.read_text()
+    document = node = json.loads(text)
+    while True:
+        key = data.draw(st.sampled_from(list(node) if isinstance(node, dict) else range(len(node))))
+        inner = node[key]
+        if isinstance(inner, dict | list) and inner and data.draw(st.booleans()):
+            node = inner
+            continue
+        node[key] = data.draw(JSON)
+        break
+    write_json(path, document)
+    try:
+        with contextlib.suppress(OtauError):
+            is_openpi(folder)
+            open_openpi(folder)
+    finally:
+        path.write_text(text)
 
 
 def test_openpi_is_told_from_others_by_content(openpi, tiny, tmp_path):

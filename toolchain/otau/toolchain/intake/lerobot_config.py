@@ -108,6 +108,15 @@ def read_lerobot_config(folder: Path) -> LeRobotConfig:
         raise CheckpointError(
             "the policy's configuration is not valid", where=path, got=error, fix="correct this key"
         ) from None
+    for name, feature in (config.input_features | config.output_features).items():
+        if len(feature.shape) != (3 if feature.type == "VISUAL" else 1) or min(feature.shape) < 1:
+            raise CheckpointError(
+                "a feature's shape is not valid",
+                where=f"{path}: {name}",
+                expected="(channels, height, width) for VISUAL, else (dimensions,)",
+                got=feature.shape,
+                fix="correct the configuration's features",
+            )
     _refuse(config, path)
     return config
 

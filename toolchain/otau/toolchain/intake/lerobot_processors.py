@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import numpy as np
 
 from otau.runtime.errors import CheckpointError
@@ -53,6 +53,39 @@ _BEFORE = ("rename_observations_processor", "to_batch_processor", "relative_acti
 _AFTER = ("absolute_actions_processor", "device_processor")
 
 
+class _Settings(msgspec.Struct, frozen=True):
+    """What is read of a step's `config`; no two kinds of step share a name."""
+
+    norm_map: dict[str, str] = {}
+    normalize_observation_keys: list[str] | None = None
+    eps: float = 1e-8
+    max_length: int | None = None
+    float_dtype: str | None = None
+    enabled: bool = False
+    exclude_joints: list[str] | None = None
+    action_names: list[str] | None = None
+
+
+class _Step(msgspec.Struct, frozen=True, rename={"path": "class"}):
+    """One step of a pipeline: a registered one, or one by the path of its class."""
+
+    registry_name: str | None = None
+    path: str | None = None
+    config: _Settings = _Settings()
+    state_file: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages and tables."""
+        return self.registry_name or str(self.path)
+
+
+class _Pipeline(msgspec.Struct, frozen=True):
+    """A pipeline's file."""
+
+    steps: list[_Step]
+
+
 @dataclass(frozen=True)
 class Normalisation:
     """Modes and statistics, as OpenTau's formulas with an epsilon of 0 want them."""
@@ -89,7 +122,7 @@ def read_processors(folder: Path, family: str) -> Processors:
         PREPROCESSOR,
     )
     _check_steps(after, ("unnormalizer_processor", *_AFTER), POSTPROCESSOR)
-    tokenizer = _only(before, "tokenizer_processor", folder / PREPROCESSOR)
+    length = _only(before, "tokenizer_processor", folder / PREPROCESSOR).config.max_length
     _only(before, text, folder / PREPROCESSOR)
     if family == "pi05" and order.index("normalizer_processor") > order.index(text):
         raise CheckpointError(
@@ -102,8 +135,7 @@ def read_processors(folder: Path, family: str) -> Processors:
     state, state_files = _normaliser(folder, before, PREPROCESSOR, "normalizer_processor", STATE)
     action, action_files = _normaliser(folder, after, POSTPROCESSOR, "unnormalizer_processor", ACTION)
     normalisation = Normalisation(state[0], action[0], state[1] | action[1])
-    length = tokenizer.get("max_length")
-    if not isinstance(length, int):
+    if length is None:
         raise CheckpointError(
             "the prompt's length is not stated", where=f"{folder / PREPROCESSOR}: max_length", got=length
         )
@@ -134,8 +166,8 @@ def buffered_normalisation(weights: Weights, modes: Mapping[str, str], where: Pa
     return Normalisation(names["state"], names["action"], found)
 
 
-def _steps(folder: Path, name: str) -> list[tuple[str, dict[str, Any], str | None]]:
-    """(name, configuration, file of the state) of each step of a pipeline."""
+def _steps(folder: Path, name: str) -> list[_Step]:
+    """The steps of a pipeline."""
     path = folder / name
     if not path.is_file():
         raise CheckpointError(
@@ -145,24 +177,16 @@ def _steps(folder: Path, name: str) -> list[tuple[str, dict[str, Any], str | Non
             got=", ".join(sorted(p.name for p in folder.iterdir())[:10]),
             fix="save the policy together with its processors, or copy the whole pretrained_model folder",
         )
-    steps = []
     try:
-        for step in read_json(path)["steps"]:
-            config, state = step.get("config") or {}, step.get("state_file")
-            if not isinstance(config, dict) or not isinstance(state, str | None):
-                raise TypeError("a step's config or state_file")
-            steps.append((str(step.get("registry_name", step.get("class"))), config, state))
-    except (KeyError, TypeError, AttributeError) as error:
+        return msgspec.convert(read_json(path), _Pipeline).steps
+    except msgspec.ValidationError as error:
         raise CheckpointError(
-            "a pipeline of the checkpoint is not valid", where=path, got=repr(error), fix="copy it again"
+            "a pipeline of the checkpoint is not valid", where=path, got=error, fix="copy it again"
         ) from None
-    return steps
 
 
-def _check_steps(
-    steps: list[tuple[str, dict[str, Any], str | None]], known: tuple[str, ...], where: str
-) -> list[str]:
-    order = [name for name, _, _ in steps]
+def _check_steps(steps: list[_Step], known: tuple[str, ...], where: str) -> list[str]:
+    order = [step.name for step in steps]
     unknown = [name for name in order if name not in known]
     if unknown:
         raise CheckpointError(
@@ -175,46 +199,45 @@ def _check_steps(
     return order
 
 
-def _only(steps: list[tuple[str, dict[str, Any], str | None]], name: str, where: Path) -> dict[str, Any]:
-    """The configuration of the one step of that name."""
-    found = [config for step, config, _ in steps if step == name]
+def _only(steps: list[_Step], name: str, where: Path) -> _Step:
+    """The one step of that name."""
+    found = [step for step in steps if step.name == name]
     if len(found) != 1:
         raise CheckpointError(
             "a pipeline has not the steps of this policy",
             where=where,
             expected=f"one {name}",
-            got=f"{len(found)} of them among {', '.join(step for step, _, _ in steps) or 'no step'}",
+            got=f"{len(found)} of them among {', '.join(step.name for step in steps) or 'no step'}",
         )
     return found[0]
 
 
-def _check_dtype(steps: list[tuple[str, dict[str, Any], str | None]], folder: Path) -> None:
-    for name, config, _ in steps:
-        if name == "device_processor" and config.get("float_dtype") not in (None, "float32"):
+def _check_dtype(steps: list[_Step], folder: Path) -> None:
+    for step in steps:
+        if step.config.float_dtype not in (None, "float32"):
             raise CheckpointError(
                 "a pipeline rounds its inputs, which otau does not do",
                 where=f"{folder / PREPROCESSOR}: float_dtype",
                 expected="null or float32",
-                got=config["float_dtype"],
+                got=step.config.float_dtype,
             )
 
 
 def _normaliser(
-    folder: Path, steps: list[tuple[str, dict[str, Any], str | None]], pipeline: str, name: str, feature: str
+    folder: Path, steps: list[_Step], pipeline: str, name: str, feature: str
 ) -> tuple[tuple[NormMode, dict[str, np.ndarray]], tuple[Path, ...]]:
     """Mode and statistics of the state or the action, and their file."""
-    config = _only(steps, name, folder / pipeline)
-    modes, where = config.get("norm_map") or {}, folder / pipeline
+    where = folder / pipeline
+    step = _only(steps, name, where)
+    modes, only = step.config.norm_map, step.config.normalize_observation_keys
     kind = "state" if feature == STATE else "action"
     mode = modes.get(kind.upper(), "IDENTITY")
-    only = config.get("normalize_observation_keys")
     if kind == "state" and only is not None and STATE not in only:
         mode = "IDENTITY"
-    (state_file,) = [file for step, _, file in steps if step == name]
     stored: dict[str, np.ndarray] = {}
     files: tuple[Path, ...] = ()
-    if state_file is not None:
-        files = (inside(folder, state_file, pipeline),)
+    if step.state_file is not None:
+        files = (inside(folder, step.state_file, pipeline),)
         tensors = read_safetensors(files[0])
         stored = {
             key.rpartition(".")[2]: tensor.read().float().numpy()
@@ -229,10 +252,10 @@ def _normaliser(
                 expected="VISUAL: IDENTITY",
                 got=modes["VISUAL"],
             )
-    eps = config.get("eps", 1e-8)
-    if not isinstance(eps, int | float) or not 0 <= eps < 1:
+    eps = step.config.eps
+    if not 0 <= eps < 1:
         raise CheckpointError("the normaliser's eps is not valid", where=f"{where}: eps", got=eps)
-    return _statistics(kind, mode, stored, float(eps), f"{where}: {feature}"), files
+    return _statistics(kind, mode, stored, eps, f"{where}: {feature}"), files
 
 
 def _statistics(
@@ -282,13 +305,13 @@ def _statistics(
 
 def _relative(
     folder: Path,
-    before: list[tuple[str, dict[str, Any], str | None]],
-    after: list[tuple[str, dict[str, Any], str | None]],
+    before: list[_Step],
+    after: list[_Step],
 ) -> Callable[[int], list[int]]:
     """Which actions are relative: all but those whose name has an excluded word in it."""
-    relative = [config for name, config, _ in before if name == "relative_actions_processor"]
-    absolute = [config for name, config, _ in after if name == "absolute_actions_processor"]
-    enabled = [bool(config.get("enabled")) for config in (*relative, *absolute)]
+    relative = [step.config for step in before if step.name == "relative_actions_processor"]
+    absolute = [step.config for step in after if step.name == "absolute_actions_processor"]
+    enabled = [settings.enabled for settings in (*relative, *absolute)]
     if len(set(enabled)) > 1 or len(relative) != len(absolute) or len(relative) > 1:
         raise CheckpointError(
             "the pipelines do not agree on whether actions are relative to the state",
@@ -298,8 +321,8 @@ def _relative(
         )
     if not any(enabled):
         return lambda count: []
-    words = [str(word).lower() for word in relative[0].get("exclude_joints") or () if word]
-    names = [str(name).lower() for name in relative[0].get("action_names") or ()]
+    words = [word.lower() for word in relative[0].exclude_joints or () if word]
+    names = [name.lower() for name in relative[0].action_names or ()]
 
     def indices(count: int) -> list[int]:
         kept = [any(word in name for word in words) for name in names[:count]]
