@@ -11,8 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from otau.runtime.cli.options import RequireSignature
+
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from otau.runtime import Bundle
 
 __all__ = ["run"]
 
@@ -51,6 +55,7 @@ def run(
             show_default="$OTAU_LIBERO_ASSETS, else the originals from the hub",
         ),
     ] = None,
+    require_signature: RequireSignature = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Drive a robot with a bundle: observe, infer when the chunk runs out, act.
@@ -62,15 +67,17 @@ def run(
     Example: otau run my_bundle --robot robosuite:Lift --steps 200 --video lift.mp4
     """
     from otau.robot.streams import stdout_to_stderr
+    from otau.runtime import Bundle
 
     options = {} if libero_assets is None else {"assets": libero_assets}
     with stdout_to_stderr():
-        document = _drive(bundle, robot, options, steps, video, seed, prompt, norm_head, realtime)
+        opened = Bundle.open(bundle, require_signature=require_signature)
+        document = _drive(opened, robot, options, steps, video, seed, prompt, norm_head, realtime)
     print(json.dumps(document, indent=2) if json_output else _summary(document))
 
 
 def _drive(
-    bundle_path: Path,
+    bundle: Bundle,
     target: str,
     options: dict[str, Any],
     steps: int | None,
@@ -84,7 +91,7 @@ def _drive(
     from otau.robot.episode import run_episode
     from otau.robot.registry import open_robot, robot_names
     from otau.robot.video import VideoWriter
-    from otau.runtime import Bundle, Policy
+    from otau.runtime import Policy
     from otau.runtime.errors import UsageError
 
     name, _, task = target.partition(":")
@@ -95,7 +102,6 @@ def _drive(
             expected="--robot libero:SUITE/TASK",
             fix="leave --libero-assets out",
         )
-    bundle = Bundle.open(bundle_path)
     with ExitStack() as stack:
         robot = stack.enter_context(open_robot(target, **options))
         spec = robot.spec
@@ -107,7 +113,7 @@ def _drive(
         if bundle.manifest.prompt.tokenizer is None:
             raise UsageError(
                 "the bundle takes token ids, so it cannot be told the task",
-                where=bundle_path,
+                where=bundle.path,
                 fix="compile it with --tokenizer DIR",
             )
         limit = steps or spec.max_steps
@@ -128,7 +134,7 @@ def _drive(
     return {
         "robot": name,
         "task": task,
-        "bundle": str(bundle_path),
+        "bundle": str(bundle.path),
         "prompt": spec.prompt if prompt is None else prompt,
         "assets": spec.assets,
         "seed": seed,

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from otau.runtime.bundle_files import file_inside, read_inside, refuse_unlisted, verify_files
-from otau.runtime.bundle_files import file_sha256 as file_sha256
 from otau.runtime.errors import BundleError, MismatchError, UsageError, nearest_name
 from otau.runtime.manifest import (
     MANIFEST_NAME,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
 import msgspec
 
-from otau.runtime.bundle import file_sha256
+from otau.runtime.bundle_files import file_sha256
 from otau.runtime.errors import UsageError
 from otau.runtime.manifest import MANIFEST_NAME, decode_manifest, encode_manifest, manifest_fingerprint
 from otau.runtime.permissions import make_as_readable_as_others
@@ -70,11 +71,12 @@ class BundleWriter:
             ) from error
         return self
 
-    def seal(self, manifest: Manifest) -> Manifest:
+    def seal(self, manifest: Manifest, sha256: Callable[[Path], str] = file_sha256) -> Manifest:
         """Lists and hashes every file written so far, and writes the manifest.
 
         Args:
             manifest: Complete but for `files` and `fingerprint`, which are replaced.
+            sha256: Hashes a file; for who knows the hashes already.
 
         Returns:
             The manifest as written.
@@ -83,7 +85,7 @@ class BundleWriter:
         for file in sorted(self.path.rglob("*")):
             if file.is_file() and file != self.path / MANIFEST_NAME:
                 name = file.relative_to(self.path).as_posix()
-                files[name] = FileSpec(bytes=file.stat().st_size, sha256=file_sha256(file))
+                files[name] = FileSpec(bytes=file.stat().st_size, sha256=sha256(file))
                 make_as_readable_as_others(file)
                 _flush(file)
         manifest = msgspec.structs.replace(manifest, files=files, fingerprint="")

@@ -1,258 +1,94 @@
 """The compiler: one visible list of stages from a checkpoint to a bundle.
 
-Each stage takes the compilation and leaves its result in it. Nothing is written but into the temporary
-folder of `BundleWriter`, which takes the bundle's place only when every stage has passed.
+Each stage is a module of `stages/` whose `run(compilation, folder)` leaves its results in a folder of the
+compile cache. The folder is named by a key: the hash of the code, of the options that the stage reads, and of
+the keys of the stages it follows. A stage whose results are there is not run again, nor is its module imported.
 """
 
 from __future__ import annotations
 
-import logging
+import hashlib
+import importlib
+import platform
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import metadata
 from pathlib import Path
-from typing import Any
 
-import msgspec
-import onnx
-import onnx_ir as ir
-from safetensors.numpy import save_file
-
-from otau.runtime.bundle_writer import BundleWriter
-from otau.runtime.engines import Engine, engine_class
-from otau.runtime.errors import EngineError, OtauError
-from otau.runtime.manifest import STATS_NAME
-from otau.runtime.spec import GateResult, GraphSpec, Manifest
-from otau.toolchain.gate.parity import gate_engines, judge, refuse_failed, relative_error
-from otau.toolchain.gate.probes import Answer, Probe, answer, damaged, folded_actions, make_probes
-from otau.toolchain.graph.export import DecoderStepFromProgram, IngestFromPolicy, PrefixFromPolicy
-from otau.toolchain.graph.loop import LoopDenoiseSteps
-from otau.toolchain.graph.programs import DenoiseStep
-from otau.toolchain.graph.simplify import count_nodes, count_parameters, simplify
-from otau.toolchain.intake import load_checkpoint
-from otau.toolchain.manifest import GraphSpecFromModel, ManifestFromCheckpoint
+import otau
+from otau.runtime.errors import OtauError
+from otau.runtime.spec import Manifest
+from otau.toolchain.cache.sources import digest, folder_digest
+from otau.toolchain.compilation import Compilation, StageRun
 from otau.toolchain.memory import peak_rss_mb, reset_peak_rss
-from otau.toolchain.report import card
-from otau.toolchain.targets import Target
-from otau.toolchain.thresholds import THRESHOLDS
-from otau.toolchain.tokenizer import has_tokenizer, read_tokenizer
-from otau.training.policies import Checkpoint, FlowPolicy
+from otau.toolchain.tokenizer import has_tokenizer
 
-__all__ = [
-    "STAGES",
-    "Compilation",
-    "GraphReport",
-    "StageReport",
-    "compile_bundle",
-    "engine",
-    "export",
-    "fold",
-    "gate",
-    "intake",
-    "loop",
-    "reference",
-    "seal",
-    "simplify_graphs",
-    "write",
-]
+__all__ = ["PACKAGES", "STAGES", "Stage", "Compilation", "compile_bundle", "package_versions", "stage_keys"]
 
-_LOG = logging.getLogger(__name__)
+PACKAGES = ("otau", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
+"""What has a hand in a bundle."""
 
 
 @dataclass(frozen=True)
-class StageReport:
-    """What a stage cost."""
+class Stage:
+    """A step of the compilation."""
 
     name: str
-    seconds: float
-    cached: bool
-    peak_rss_mb: float
-    """Largest resident memory of the process during the stage [MiB]."""
+    """Of its module in `stages/`."""
+    after: tuple[str, ...] = ()
+    """The stages whose results it reads."""
+    options: Callable[[Compilation], object] = field(default=lambda c: None)
+    """What else its results depend on, as a JSON document."""
+
+    def run(self, c: Compilation, folder: Path) -> None:
+        """Leave the results in a folder."""
+        importlib.import_module(f"otau.toolchain.stages.{self.name}").run(c, folder)
 
 
-@dataclass(frozen=True)
-class GraphReport:
-    """A graph before and after the passes."""
+def _intake_options(c: Compilation) -> object:
+    def weights() -> tuple[Path, ...]:
+        from otau.toolchain.intake import open_checkpoint
 
-    nodes_exported: int
-    nodes_final: int
-    parameters: int
+        return open_checkpoint(c.source).files
 
-
-@dataclass
-class Compilation:
-    """The state of one compilation: what was asked, and what the stages have made so far."""
-
-    source: Path
-    destination: Path
-    target: Target
-    precision: str
-    num_steps: int | None = None
-    """None: the checkpoint's."""
-    tokenizer: Path | None = None
-    """None: the checkpoint's, if it has one."""
-
-    checkpoint: Checkpoint | None = None
-    policy: FlowPolicy | None = None
-    program: DenoiseStep | None = None
-    probes: list[Probe] = field(default_factory=list)
-    sound: list[Answer] = field(default_factory=list)
-    broken: list[Answer] = field(default_factory=list)
-    models: dict[str, ir.Model] = field(default_factory=dict)
-    nodes_exported: dict[str, int] = field(default_factory=dict)
-    graphs: dict[str, GraphSpec] = field(default_factory=dict)
-    tokenizer_json: str | None = None
-    engines: dict[str, Engine] = field(default_factory=dict)
-    gates: list[GateResult] = field(default_factory=list)
-    stages: list[StageReport] = field(default_factory=list)
-    manifest: Manifest | None = None
-    writer: BundleWriter | None = None
-    resources: ExitStack = field(default_factory=ExitStack)
-
-    def report(self) -> dict[str, Any]:
-        """The compilation as one JSON document."""
-        return {
-            "bundle": str(self.destination),
-            "policy": self.checkpoint.config.type if self.checkpoint else None,
-            "target": self.target.name,
-            "precision": self.precision,
-            "num_steps": self.num_steps,
-            "stages": [asdict(stage) for stage in self.stages],
-            "gates": [msgspec.to_builtins(gate) for gate in self.gates],
-            "graphs": {
-                name: asdict(GraphReport(self.nodes_exported[name], spec.nodes, spec.parameters))
-                for name, spec in self.graphs.items()
-            },
-        }
+    tokenizer = c.tokenizer or (c.source if has_tokenizer(c.source) else None)
+    return [
+        folder_digest(c.cache, c.source, weights),
+        None if tokenizer is None else folder_digest(c.cache, tokenizer, tuple),
+        dict(c.overrides),
+    ]
 
 
-def intake(c: Compilation) -> None:
-    """Load the checkpoint strictly, and its tokenizer."""
-    c.checkpoint = load_checkpoint(c.source)
-    c.policy = c.checkpoint.load()
-    c.num_steps = c.num_steps or c.checkpoint.config.num_steps
-    folder = c.tokenizer or (c.source if has_tokenizer(c.source) else None)
-    if folder is not None:
-        c.tokenizer_json = read_tokenizer(folder, c.policy.dims.vocab)
-    else:
-        _LOG.warning("no tokenizer was found, so the bundle takes token ids; give one with --tokenizer DIR")
+def _target_options(c: Compilation) -> object:
+    return [c.target.name, c.precision]
 
 
-def reference(c: Compilation) -> None:
-    """Ask the PyTorch policy, sound and damaged, what the gates will ask the engines."""
-    policy = c.policy
-    c.probes = make_probes(policy)
-    c.sound = [answer(policy, probe, c.num_steps) for probe in c.probes]
-    with damaged(policy):
-        c.broken = [
-            answer(policy, probe, c.num_steps, given) for probe, given in zip(c.probes, c.sound, strict=True)
-        ]
+def _decoder_options(c: Compilation) -> object:
+    return [c.target.name, c.precision, c.num_steps, c.decoder]
 
 
-def fold(c: Compilation) -> None:
-    """Fold flow time to constants, and judge that against the policy."""
-    c.program = DenoiseStep(c.policy, c.num_steps)
-    folded = [folded_actions(c.program, probe, given) for probe, given in zip(c.probes, c.sound, strict=True)]
-
-    def error(answers: list[Answer]) -> float:
-        return max(relative_error(got, given.actions) for got, given in zip(folded, answers, strict=True))
-
-    c.gates.append(judge("fold", THRESHOLDS[c.precision].actions, error, c.sound, c.broken))
-    refuse_failed(c.gates)
+def _gate_options(c: Compilation) -> object:
+    return [c.target.name, c.precision, c.allow]
 
 
-def export(c: Compilation) -> None:
-    """Export the three programs to ONNX."""
-    policy = c.policy
-    c.models = {
-        "prefix": PrefixFromPolicy(policy),
-        "ingest": IngestFromPolicy(policy),
-        "decoder": DecoderStepFromProgram(c.program),
-    }
-    c.nodes_exported = {name: count_nodes(model) for name, model in c.models.items()}
-
-
-def simplify_graphs(c: Compilation) -> None:
-    """Fold constants, drop what is unused, share what is computed twice."""
-    for model in c.models.values():
-        simplify(model)
-
-
-def loop(c: Compilation) -> None:
-    """Put all denoise steps into one decoder graph."""
-    LoopDenoiseSteps(c.num_steps)(c.models["decoder"])
-
-
-def write(c: Compilation) -> None:
-    """Write graphs, statistics and tokenizer, check the graphs, and let go of the policy's weights."""
-    for name, model in c.models.items():
-        file = c.writer.path / f"{name}.onnx"
-        weights = f"{name}.onnx.data" if count_parameters(model) else None
-        ir.save(model, file, external_data=weights)
-        onnx.checker.check_model(file, full_check=True)
-        c.graphs[name] = GraphSpecFromModel(file.name, model)
-    save_file(c.checkpoint.statistics, c.writer.path / STATS_NAME)
-    if c.tokenizer_json is not None:
-        (c.writer.path / "tokenizer.json").write_text(c.tokenizer_json, encoding="utf-8")
-    # The weights are in the graphs' files now, and the engines need the memory.
-    c.policy.to("meta")
-    c.models, c.program = {}, None
-
-
-def engine(c: Compilation) -> None:
-    """Open the target's engine on each graph, as the robot will."""
-    kind = engine_class(c.target.engine)
-    for name, spec in c.graphs.items():
-        c.engines[name] = c.resources.enter_context(
-            kind.open(c.writer.path / spec.file, target=c.target.name)
-        )
-        given = {tensor.name for tensor in c.engines[name].inputs}
-        if given != {tensor.name for tensor in spec.inputs}:
-            raise EngineError("the engine does not take the graph's inputs", where=name, got=sorted(given))
-
-
-def gate(c: Compilation) -> None:
-    """Judge the engines against the policy; a failed gate leaves no bundle."""
-    c.gates += gate_engines(c.engines, c.probes, c.sound, c.broken, THRESHOLDS[c.precision])
-    c.resources.close()
-    refuse_failed(c.gates)
-
-
-def seal(c: Compilation) -> None:
-    """Write the card, the report and the manifest with every file's hash."""
-    manifest = ManifestFromCheckpoint(
-        c.checkpoint,
-        target=c.target,
-        precision=c.precision,
-        num_steps=c.num_steps,
-        tokenizer="tokenizer.json" if c.tokenizer_json is not None else None,
-        graphs=c.graphs,
-        gates=c.gates,
-    )
-    report = msgspec.json.format(msgspec.json.encode(c.report() | {"bundle": "."}), indent=2)
-    (c.writer.path / "report.json").write_bytes(report + b"\n")
-    (c.writer.path / "README.md").write_text(card(manifest), encoding="utf-8")
-    c.manifest = c.writer.seal(manifest)
-
-
-STAGES: tuple[Callable[[Compilation], None], ...] = (
-    intake,
-    reference,
-    fold,
-    export,
-    simplify_graphs,
-    loop,
-    write,
-    engine,
-    gate,
-    seal,
+STAGES = (
+    Stage("intake", (), _intake_options),
+    Stage("prefix_graph", ("intake",), _target_options),
+    Stage("prefix_reference", ("intake",)),
+    Stage("prefix_gate", ("prefix_graph", "prefix_reference"), _target_options),
+    Stage("decoder_reference", ("prefix_reference",), lambda c: c.num_steps),
+    Stage("fold", ("decoder_reference",)),
+    Stage("decoder_graph", ("fold",), _decoder_options),
+    Stage("decoder_gate", ("prefix_gate", "decoder_graph"), _gate_options),
 )
-"""What a compilation does, in this order."""
+"""What a compilation does, in this order, before the bundle is sealed."""
 
 
 def compile_bundle(c: Compilation, on_stage: Callable[[str], None] = lambda name: None) -> Manifest:
-    """Run every stage.
+    """Run every stage whose results are not there, and seal the bundle.
 
     Args:
         c: What to compile; filled as the stages pass.
@@ -264,19 +100,68 @@ def compile_bundle(c: Compilation, on_stage: Callable[[str], None] = lambda name
     Raises:
         OtauError: A stage refused its input or failed its gate; nothing is left at the destination.
     """
-    with BundleWriter(c.destination) as c.writer, c.resources:
+    with c.cache.in_use():
+        c.cache.sweep()
+        keys = stage_keys(c)
         for stage in STAGES:
-            name = stage.__name__
-            on_stage(name)
-            reset_peak_rss()
-            start = time.perf_counter()
-            try:
-                stage(c)
-            except OtauError as error:
-                if c.stages:
-                    passed = ", ".join(done.name for done in c.stages)
-                    error.where = f"{error.where or 'compilation'} (stage {name}, after {passed})"
-                raise
-            c.stages.append(StageReport(name, round(time.perf_counter() - start, 3), False, peak_rss_mb()))
+            on_stage(stage.name)
+            with _naming(stage.name, c):
+                c.pass_stage(stage.name, _run(c, stage, keys[stage.name]))
+        on_stage("seal")
+        with _naming("seal", c):
+            # Not cached: its result is the bundle.
+            from otau.toolchain.stages.seal import seal
+
+            seal(c, digest(keys))
     assert c.manifest is not None
     return c.manifest
+
+
+def stage_keys(c: Compilation) -> dict[str, str]:
+    """The key of every stage."""
+    keys: dict[str, str] = {}
+    for stage in STAGES:
+        keys[stage.name] = digest(
+            [stage.name, _code(), stage.options(c), [keys[name] for name in stage.after]]
+        )
+    return keys
+
+
+def _run(c: Compilation, stage: Stage, key: str) -> StageRun:
+    entry = c.cache.find(stage.name, key)
+    if entry is not None:
+        return StageRun(c.cache.folder(stage.name, key), entry, cached=True)
+    with c.cache.writing(stage.name, key) as (folder, keep):
+        reset_peak_rss()
+        start = time.perf_counter()
+        stage.run(c, folder)
+        entry = keep(round(time.perf_counter() - start, 3), peak_rss_mb())
+    return StageRun(c.cache.folder(stage.name, key), entry, cached=False)
+
+
+@contextmanager
+def _naming(stage: str, c: Compilation) -> Iterator[None]:
+    """Name the stage in an error, and those that have passed."""
+    try:
+        yield
+    except OtauError as error:
+        if c.runs:
+            error.where = f"{error.where or 'compilation'} (stage {stage}, after {', '.join(c.runs)})"
+        raise
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that have a hand in a bundle."""
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
+
+
+@cache
+def _code() -> str:
+    """The hash of otau's own code and of the versions of what it calls."""
+    hashed = hashlib.sha256(repr(sorted(package_versions().items())).encode())
+    parts = ("runtime", "toolchain", "training")
+    roots = [root for path in otau.__path__ for part in parts if (root := Path(path, part)).is_dir()]
+    for root in roots:
+        for path in sorted(root.rglob("*.py")):
+            hashed.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return hashed.hexdigest()

@@ -17,10 +17,12 @@ class Target:
     engine: str
     """Name of the runtime's engine."""
     precisions: tuple[str, ...]
-    """The first is the default."""
+    """The first is the default. What is not fp32 is how weights are stored; this target computes in fp32."""
+    fused: frozenset[str] = frozenset()
+    """The graphs in which multiplying by sibling weights at once pays."""
 
 
-TARGETS = {target.name: target for target in (Target("cpu", "onnxruntime", ("fp32",)),)}
+TARGETS = {target.name: target for target in (Target("cpu", "onnxruntime", ("fp32", "bf16", "fp16")),)}
 """Targets by name."""
 
 

@@ -18,6 +18,10 @@ __all__ = ["OnnxRuntimeEngine"]
 # Target of the compiler -> execution provider, and the device its outputs stay on.
 _PROVIDERS = {"cpu": ("CPUExecutionProvider", "cpu"), "cuda": ("CUDAExecutionProvider", "cuda")}
 
+# Beyond this, weights stay in the file that they are mapped from. ONNX Runtime would copy each into memory in
+# the order its products like: 11 GB more for a full-size prefix.
+_MAPPED_BYTES = 4 << 30
+
 # ONNX Runtime's names of element types -> numpy's.
 _DTYPES = {
     "tensor(float)": "float32",
@@ -61,6 +65,9 @@ class OnnxRuntimeEngine(Engine):
         # Three sessions share the cores in turn: a pool must not spin on after its session has run.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         options.log_severity_level = 3
+        weights = model.with_name(f"{model.name}.data")
+        if weights.is_file() and weights.stat().st_size > _MAPPED_BYTES:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
         try:

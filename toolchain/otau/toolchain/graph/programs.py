@@ -8,11 +8,12 @@ here once and kept as a table of constants. At full size that removes pi0.5's 37
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from otau.training.policies import FlowPolicy, PrefixInputs, StateTokens, lay_out
-from otau.training.policies.flow import euler_dt, flow_times
+from otau.training.policies.flow import flow_times
 from otau.training.policies.flow_policy import Cache, freeze, frozen_rows, select_rows
 
 __all__ = ["DenoiseStep", "Ingest", "Prefix"]
@@ -60,7 +61,11 @@ class DenoiseStep(nn.Module):
             self.register_buffer("schedule", torch.stack(schedule, dim=1))
             clean = policy.time_condition(torch.zeros(()))
             self.register_buffer("clean", torch.stack(clean) if policy.real_time_chunking else None)
-        self.dt = float(euler_dt(num_steps))
+        self.dt = float(np.float32(-1.0 / num_steps))
+
+    def tables(self) -> dict[str, Tensor]:
+        """What flow time was folded to, by the name in the graph."""
+        return {name: table for name, table in self.named_buffers(recurse=False) if table is not None}
 
     def forward(
         self,

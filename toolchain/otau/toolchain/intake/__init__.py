@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from otau.runtime.errors import UsageError
+from otau.toolchain.intake.lerobot import is_lerobot, open_lerobot
 from otau.toolchain.intake.opened import OpenedCheckpoint
+from otau.toolchain.intake.openpi import is_openpi, open_openpi
 from otau.toolchain.intake.safetensors import is_safetensors, open_safetensors
-from otau.training.policies import Checkpoint, check_checkpoint
+from otau.toolchain.intake.torch_bin import is_torch_bin, open_torch_bin
+from otau.toolchain.intake.zero import is_zero, open_zero
+from otau.training.policies.checkpoint import Checkpoint, check_checkpoint, check_values
 
 __all__ = ["FORMATS", "OpenedCheckpoint", "load_checkpoint", "open_checkpoint"]
 
 FORMATS: tuple[tuple[Callable[[Path], bool], Callable[[Path], OpenedCheckpoint]], ...] = (
+    (is_lerobot, open_lerobot),
+    (is_openpi, open_openpi),
     (is_safetensors, open_safetensors),
+    (is_zero, open_zero),
+    (is_torch_bin, open_torch_bin),
 )
 """How a format is recognised and opened; the first that fits counts."""
 
@@ -40,12 +49,19 @@ def open_checkpoint(folder: Path) -> OpenedCheckpoint:
     )
 
 
-def load_checkpoint(folder: Path) -> Checkpoint:
+def load_checkpoint(folder: Path, *, values: bool = True) -> Checkpoint:
     """Open a checkpoint folder and check it strictly; its weights stay where they are.
+
+    Args:
+        folder: The checkpoint.
+        values: Whether to read every weight once, and refuse one that is not finite.
 
     Raises:
         UsageError: The folder is not there, or has no configuration or no weights, or an unknown policy type.
         CheckpointError: The contents are not those of the policy.
     """
     opened = open_checkpoint(folder)
-    return check_checkpoint(opened.folder, opened.weights, opened.config, opened.head_dims)
+    checkpoint = check_checkpoint(opened.folder, opened.weights, opened.config, opened.head_dims)
+    if values:
+        check_values(checkpoint)
+    return replace(checkpoint, format=opened.format)

@@ -25,9 +25,14 @@ class StoredTensor:
     """Reads it into fresh memory. Never a view of a memory map: what is resident is what was asked for."""
 
     @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return torch.Size(self.shape).numel()
+
+    @property
     def nbytes(self) -> int:
         """Size as stored."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return self.numel * self.dtype.itemsize
 
 
 Weights = Mapping[str, StoredTensor]

@@ -1,0 +1,1 @@
+"""The stages of a compilation, a module each; `pipeline.py` lists them in their order."""

@@ -1,0 +1,50 @@
+"""The prefix and the ingest: export, passes, files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from otau.toolchain.compilation import Compilation
+from otau.toolchain.gate.probes import make_probes
+from otau.toolchain.gate.reference import ProbeFactsFromPolicy
+from otau.toolchain.graph.export import IngestFromPolicy, PrefixFromPolicy, weights_of
+from otau.toolchain.graph.passes import run_passes
+from otau.toolchain.graph.save import save_graphs
+from otau.toolchain.graph.simplify import SIMPLIFY, count_nodes
+from otau.toolchain.graph.twin import ingest_answer, narrow_twin, prefix_answer
+from otau.toolchain.stages.graphs import GraphReportFromModel, check_graphs, target_passes
+
+__all__ = ["run"]
+
+
+def run(c: Compilation, folder: Path) -> None:
+    """Leave `prefix.onnx` with its weights, and `ingest.onnx`, which has none."""
+    policy = c.checkpoint.empty
+    twin = narrow_twin(policy)
+    probe = next(probe for probe in make_probes(ProbeFactsFromPolicy(twin)) if probe.name == "padded")
+
+    prefix = PrefixFromPolicy(policy, c.checkpoint.weights)
+    exported = {"prefix": count_nodes(prefix)}
+    passes = {
+        "prefix": run_passes(
+            prefix,
+            PrefixFromPolicy(twin, weights_of(twin)),
+            target_passes(c, "prefix"),
+            prefix_answer(probe.prefix),
+            "prefix",
+        )
+    }
+    ingest = IngestFromPolicy(policy)
+    exported["ingest"] = count_nodes(ingest)
+    passes["ingest"] = run_passes(ingest, IngestFromPolicy(twin), SIMPLIFY, ingest_answer(twin), "ingest")
+
+    save_graphs({"prefix": prefix, "ingest": ingest}, folder, "prefix.onnx.data")
+    models = {"prefix": prefix, "ingest": ingest}
+    check_graphs(folder, models)
+    c.record_graphs(
+        folder,
+        {
+            name: GraphReportFromModel(name, model, exported[name], passes[name])
+            for name, model in models.items()
+        },
+    )
