@@ -254,20 +254,28 @@ def test_the_tenth_quantiles_are_quantiles(lerobot):
 
 
 @pytest.mark.parametrize(
-    ("changes", "training", "release", "fill", "bins"),
+    ("changes", "training", "release", "fill", "bins", "times"),
     [
-        ({}, None, None, 0.0, None),
-        ({"use_relative_actions": ..., "freeze_vision_encoder": ...}, None, None, -1.0, 12),
-        ({"use_relative_actions": ...}, {"seed": 1}, None, -1.0, 12),
-        ({"use_relative_actions": ...}, {"seed": 1, "cudnn_deterministic": False}, None, 0.0, None),
-        ({"use_relative_actions": ...}, None, "0.4.3", -1.0, 12),
-        ({"use_relative_actions": ...}, None, "0.5.0", 0.0, None),
-        ({}, None, "0.4.0", -1.0, 12),
-        ({}, None, "1.0", 0.0, None),
+        ({}, None, None, 0.0, None, "multiples"),
+        ({"use_relative_actions": ..., "freeze_vision_encoder": ...}, None, None, -1.0, 12, "sum"),
+        ({"use_relative_actions": ...}, {"seed": 1}, None, -1.0, 12, "multiples"),
+        (
+            {"use_relative_actions": ...},
+            {"seed": 1, "cudnn_deterministic": False},
+            None,
+            0.0,
+            None,
+            "multiples",
+        ),
+        ({"use_relative_actions": ...}, None, "0.4.2", -1.0, 12, "sum"),
+        ({"use_relative_actions": ...}, None, "0.4.3", -1.0, 12, "multiples"),
+        ({"use_relative_actions": ...}, None, "0.5.0", 0.0, None, "multiples"),
+        ({}, None, "0.4.0", -1.0, 12, "sum"),
+        ({}, None, "1.0.0rc1", 0.0, None, "multiples"),
     ],
 )
 def test_what_the_releases_do_differently_follows_the_release(
-    lerobot, changes, training, release, fill, bins
+    lerobot, changes, training, release, fill, bins, times
 ):
     folder = lerobot("pi05")
     edit_json(folder / "config.json", **changes)
@@ -276,7 +284,7 @@ def test_what_the_releases_do_differently_follows_the_release(
     if release is not None:
         write_json(folder / "otau.json", {"lerobot_version": release})
     config = open_lerobot(folder).config
-    assert (config.image_fill, config.state_text_dims) == (fill, bins)
+    assert (config.image_fill, config.state_text_dims, config.flow_times) == (fill, bins, times)
 
 
 def test_an_unknown_release_is_asked_for_only_where_it_matters(lerobot):
@@ -372,6 +380,7 @@ def test_the_old_layout_has_its_statistics_among_its_weights(old, tiny, mode):
     same_weights(opened, tiny("pi0"))
     config = opened.config
     assert (config.image_padding, config.num_steps, config.prompt_template) == ("left_top", 6, None)
+    assert config.flow_times == "sum"
     checkpoint = check_checkpoint(opened.folder, opened.weights, config)
     low, high = ("mean", "std") if mode == "MEAN_STD" else ("min", "max")
     values = {name: checkpoint.statistics[f"state.{name}"] for name in (low, high)}
@@ -478,6 +487,10 @@ REFUSED = {
     "an unknown fact": (
         lambda folder: write_json(folder / "otau.json", {"lerobot_versoin": "0.4"}),
         "did you mean 'lerobot_version'",
+    ),
+    "half a release": (
+        lambda folder: write_json(folder / "otau.json", {"lerobot_version": "0.4"}),
+        "with all three numbers",
     ),
     "a release without pipelines": (
         lambda folder: write_json(folder / "otau.json", {"lerobot_version": "0.3.3"}),

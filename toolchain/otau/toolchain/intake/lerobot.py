@@ -9,6 +9,7 @@ Facts read from the releases 0.3.3 to 0.6.1 (`policies/pi0`, `policies/pi05`, `p
     pictures    bilinear, no antialiasing. 0.3 pads left and above, later ones in halves; 0.4 pads with -1
                 before it maps [0, 1] to [-1, 1], the others with 0
     cameras     one that is not in an observation is masked
+    flow times  a running sum to 0.4.2, multiples of the step since
 
 0.4 and 0.5 write the same configuration, so where they would act differently and no file tells them apart,
 `otau.json` must.
@@ -45,6 +46,8 @@ __all__ = ["is_lerobot", "open_lerobot"]
 TRAINING_FILE = "train_config.json"
 _PROMPT = "Task: {task}, State: {state};\nAction: "
 _EMPTY_CAMERA = re.compile(r"observation\.images\.empty_camera_\d+")
+_EARLY, _WITH_MULTIPLES, _LATEST = (0, 4, 0), (0, 4, 3), (0, 5, 0)
+"""The releases from which on something is done differently."""
 _BUFFERS = ("normalize_inputs.", "normalize_targets.", "unnormalize_outputs.")
 
 
@@ -90,7 +93,7 @@ def open_lerobot(folder: Path) -> OpenedCheckpoint:
     weights = opentau_weights(stored.weights, folder, skip=_BUFFERS)
     extra: tuple[Path, ...] = ()
     if theirs.is_old and theirs.type == "pi0":
-        generation = (0, 3)
+        generation: tuple[int, int, int] = (0, 3, 0)
         normalisation = buffered_normalisation(stored.weights, theirs.normalization_mapping, folder)
         changes: dict[str, Any] = {"tokenizer_max_length": theirs.tokenizer_max_length}
     else:
@@ -101,7 +104,8 @@ def open_lerobot(folder: Path) -> OpenedCheckpoint:
     config = _config(theirs, normalisation, changes)
     check_config(config, folder / CONFIG_FILE)
     weights |= statistics_weights(config, normalisation.statistics, folder)
-    name = f"LeRobot {'.'.join(map(str, generation))}{'' if generation < (0, 5) else ' or later'}"
+    major, minor, _ = generation
+    name = f"LeRobot {major}.{minor}{' or later' if generation >= _LATEST else ''}"
     return OpenedCheckpoint(folder, name, weights, (*stored.files, *extra), config)
 
 
@@ -141,7 +145,7 @@ def _config(theirs: LeRobotConfig, normalisation: Normalisation, changes: dict[s
 
 
 def _processed(
-    theirs: LeRobotConfig, processors: Processors, generation: tuple[int, int], folder: Path
+    theirs: LeRobotConfig, processors: Processors, generation: tuple[int, int, int], folder: Path
 ) -> dict[str, Any]:
     """What LeRobot does since it has pipelines."""
     dim, padded = _state(theirs).shape[0], theirs.max_state_dim
@@ -156,7 +160,8 @@ def _processed(
     changes: dict[str, Any] = {
         "resize_imgs_with_padding": theirs.image_resolution,
         "image_padding": "centre",
-        "image_fill": -1.0 if generation < (0, 5) else 0.0,
+        "image_fill": -1.0 if generation < _LATEST else 0.0,
+        "flow_times": "sum" if generation < _WITH_MULTIPLES else "multiples",
         "delta_action_state_map": {str(index): index for index in relative} or None,
         "prompt_max_length": processors.prompt_length,
         "tokenizer_max_length": processors.prompt_length,
@@ -166,30 +171,31 @@ def _processed(
             "prompt_template": _PROMPT,
             "clean_task": True,
             "state_bins": "digitize",
-            "state_text_dims": padded if generation < (0, 5) and dim < padded else None,
+            "state_text_dims": padded if generation < _LATEST and dim < padded else None,
         }
     return changes
 
 
-def _generation(theirs: LeRobotConfig, folder: Path) -> tuple[int, int]:
-    """(0, 4), or (0, 5) for that and all later releases: they act alike."""
+def _generation(theirs: LeRobotConfig, folder: Path) -> tuple[int, int, int]:
+    """The first release that acts as the one that the policy was trained with."""
     facts = read_side_file(folder, LeRobotFacts)
     if facts is not None and facts.lerobot_version is not None:
-        found = re.match(r"(\d{1,4})\.(\d{1,4})(\D|$)", facts.lerobot_version)
-        if found is None or (int(found[1]), int(found[2])) < (0, 4):
+        found = re.match(r"(\d{1,4})\.(\d{1,4})\.(\d{1,4})(\D|$)", facts.lerobot_version)
+        release = tuple(map(int, found.groups()[:3])) if found else (0, 0, 0)
+        if release < _EARLY:
             raise CheckpointError(
                 "the stated release of LeRobot is none that saves pipelines",
                 where=f"{folder / SIDE_FILE}: lerobot_version",
-                expected="0.4.0 or later",
+                expected="0.4.0 or later, with all three numbers",
                 got=facts.lerobot_version,
             )
-        return min((int(found[1]), int(found[2])), (0, 5))
+        return max(known for known in (_EARLY, _WITH_MULTIPLES, _LATEST) if known <= release)
     if theirs.use_relative_actions is not None:
-        return 0, 5
+        return _LATEST
     if theirs.freeze_vision_encoder is None:
-        return 0, 4
+        return _EARLY
     if (folder / TRAINING_FILE).is_file():
-        return (0, 5) if "cudnn_deterministic" in read_json(folder / TRAINING_FILE) else (0, 4)
+        return _LATEST if "cudnn_deterministic" in read_json(folder / TRAINING_FILE) else _WITH_MULTIPLES
     dim = _state(theirs).shape[0]
     differences = []
     if theirs.type == "pi05" and dim < theirs.max_state_dim:
@@ -206,7 +212,7 @@ def _generation(theirs: LeRobotConfig, folder: Path) -> tuple[int, int]:
             expected=f"{TRAINING_FILE} beside it, or {SIDE_FILE}",
             fix=f'state the release it was trained with in {SIDE_FILE}: {{"lerobot_version": "0.4.4"}}',
         )
-    return 0, 5
+    return _LATEST
 
 
 def _state(theirs: LeRobotConfig) -> Feature:
