@@ -64,19 +64,23 @@ def _save(model: ir.Model, file: Path, data_name: str, placed: Mapping[int, tupl
         value
         for graph in model.graphs()
         for value in graph.initializers.values()
-        if id(value.const_value) in placed
+        if isinstance(value.const_value, ir.LazyTensor) or id(value.const_value) in placed
     ]
     own = [value.const_value for value in values]
     try:
         for value, tensor in zip(values, own, strict=True):
-            value.const_value = ir.ExternalTensor(
-                data_name,
-                *placed[id(tensor)],
-                tensor.dtype,
-                shape=tensor.shape,
-                name=str(value.name),
-                base_dir=file.parent,
-            )
+            if id(tensor) in placed:
+                value.const_value = ir.ExternalTensor(
+                    data_name,
+                    *placed[id(tensor)],
+                    tensor.dtype,
+                    shape=tensor.shape,
+                    name=str(value.name),
+                    base_dir=file.parent,
+                )
+            else:
+                # Read here, where an error of the weight's own comes out as it is.
+                value.const_value = tensor.raw()
         ir.save(model, file)
     finally:
         for value, tensor in zip(values, own, strict=True):

@@ -17,21 +17,23 @@ from otau.training.policies.sizes import PolicyDims
 
 __all__ = ["decoder_answer", "ingest_answer", "narrow_twin", "prefix_answer", "run_graph"]
 
-_HEAD_DIM, _VISION_HEAD_DIM, _VOCAB = 8, 4, 512
+_HIDDEN, _VISION_HEAD_DIM, _VOCAB = 32, 4, 512
 
 
 def narrow_twin(policy: FlowPolicy, seed: int = 0) -> FlowPolicy:
     """A policy of the same family, configuration, depth, heads and pictures; narrow, with random weights.
 
-    Widths stay in proportion, so that what differs in the policy differs in its twin.
+    Widths stay in proportion, so that what differs in the policy differs in its twin. The width of a head
+    stays as it is, since the rotary frequencies depend on it: folded in numpy's float32 they are a unit in
+    the last place off, which at head width 256 turns keys by 5e-5, and at 16 by nothing.
     """
     dims = policy.dims
     vision = dims.vision
     hidden = vision.heads * _VISION_HEAD_DIM
     twin_dims = PolicyDims(
         vision=replace(vision, hidden=hidden, mlp=_proportional(vision.mlp, hidden, vision.hidden)),
-        vlm=_narrow(dims.vlm),
-        expert=_narrow(dims.expert),
+        vlm=_narrow(dims.vlm, dims.vlm.hidden),
+        expert=_narrow(dims.expert, dims.vlm.hidden),
         vocab=min(dims.vocab, _VOCAB),
     )
     twin = FAMILIES[policy.type](policy.config, twin_dims)
@@ -111,11 +113,9 @@ def decoder_answer(
     return answer
 
 
-def _narrow(dims: GemmaDims) -> GemmaDims:
-    hidden = _proportional(dims.hidden, _HEAD_DIM, dims.head_dim)
-    return replace(
-        dims, hidden=hidden, mlp=_proportional(dims.mlp, _HEAD_DIM, dims.head_dim), head_dim=_HEAD_DIM
-    )
+def _narrow(dims: GemmaDims, widest: int) -> GemmaDims:
+    hidden, mlp = (_proportional(size, _HIDDEN, widest) for size in (dims.hidden, dims.mlp))
+    return replace(dims, hidden=hidden, mlp=mlp)
 
 
 def _proportional(size: int, narrow: int, wide: int) -> int:
