@@ -45,7 +45,6 @@ __all__ = ["is_lerobot", "open_lerobot"]
 
 TRAINING_FILE = "train_config.json"
 _PROMPT = "Task: {task}, State: {state};\nAction: "
-_EMPTY_CAMERA = re.compile(r"observation\.images\.empty_camera_\d+")
 _EARLY, _WITH_MULTIPLES, _LATEST = (0, 4, 0), (0, 4, 3), (0, 5, 0)
 """The releases from which on something is done differently."""
 _BUFFERS = ("normalize_inputs.", "normalize_targets.", "unnormalize_outputs.")
@@ -224,9 +223,5 @@ def _action(theirs: LeRobotConfig) -> Feature:
 
 
 def _cameras(theirs: LeRobotConfig) -> dict[str, Feature]:
-    """The cameras there are; the `empty_camera`s are always masked, so nothing depends on them."""
-    return {
-        name: feature
-        for name, feature in theirs.input_features.items()
-        if feature.type == "VISUAL" and not _EMPTY_CAMERA.fullmatch(name)
-    }
+    """The pictures, with the `empty_camera`s, which `PolicyConfig.cameras` leaves out: they are always masked."""
+    return {name: feature for name, feature in theirs.input_features.items() if feature.type == "VISUAL"}
