@@ -223,5 +223,5 @@ def _action(theirs: LeRobotConfig) -> Feature:
 
 
 def _cameras(theirs: LeRobotConfig) -> dict[str, Feature]:
-    """The pictures, with the `empty_camera`s, which `PolicyConfig.cameras` leaves out: they are always masked."""
+    """The pictures, with the always masked `empty_camera`s, which `PolicyConfig.cameras` leaves out."""
     return {name: feature for name, feature in theirs.input_features.items() if feature.type == "VISUAL"}
