@@ -130,9 +130,8 @@ def half(graph):
 
 def single_step(graph):
     """The spec of a step that belongs to a decoder."""
-    noise = next(tensor for tensor in graph.inputs if tensor.name == "noise")
-    others = tuple(tensor for tensor in graph.inputs if tensor is not noise)
-    x, x_next = (msgspec.structs.replace(noise, name=name) for name in ("x", "x_next"))
+    others = tuple(tensor for tensor in graph.inputs if tensor.name != "noise")
+    x, x_next = (TensorSpec(name=name, dtype="float32", shape=("B", 5, 4)) for name in ("x", "x_next"))
     step = TensorSpec(name="step", dtype="int64", shape=())
     return msgspec.structs.replace(graph, inputs=(x, step, *others), outputs=(x_next,))
 
@@ -195,6 +194,7 @@ def test_another_precision_is_refused(manifest):
         (lambda m: {"graphs": {"prefix": m.graphs["prefix"]}}, "graphs are"),
         (lambda m: {"graphs": m.graphs | {"decoder_steps": m.graphs["decoder"]}}, "graphs are"),
         (lambda m: {"graphs": m.graphs | {"decoder_step": m.graphs["decoder"]}}, "decoder_step takes"),
+        (lambda m: {"graphs": m.graphs | {"decoder_step": single_step(m.graphs["ingest"])}}, "_step takes"),
         (
             lambda m: {"graphs": m.graphs | {"ingest": half(m.graphs["ingest"])}},
             "ingest graph.*not float32: k",
