@@ -112,9 +112,9 @@ class TestChunk:
         compiled[12][3] += 0.25
         compiled[13][4] = None
         said = texts(chunk_multiples(reference, compiled), "figcaption")
-        same = [f"dimension {dim}max difference 0at step 0" for dim in (0, 1, 2, 5, 6, 7)]
-        lost = "dimension 4max difference not finiteat step 13"
-        assert sorted(said) == sorted([*same, "dimension 3max difference 0.25at step 12", lost])
+        same = [f"dimension {dim}max |Δ| 0 at step 0" for dim in (0, 1, 2, 5, 6, 7)]
+        lost = "dimension 4max |Δ| not finite at step 13"
+        assert sorted(said) == sorted([*same, "dimension 3max |Δ| 0.25 at step 12", lost])
 
     def test_a_difference_moves_the_line(self) -> None:
         def moved() -> list[int]:
@@ -141,6 +141,13 @@ class TestChunk:
         extremes = {pick(range(steps), key=reference.__getitem__) for pick in (min, max)}
         assert {0, steps - 1, place} | extremes <= set(shown)
         assert largest_difference(reference, compiled)[1] == place
+
+    def test_thinned_lines_keep_the_extremes_of_the_compiled_line(self) -> None:
+        reference = [math.sin(step * 0.7) for step in range(1500)]
+        compiled = list(reference)
+        # In one group: the largest difference, and a smaller one to the other side.
+        compiled[310], compiled[315] = 9.0, -5.0
+        assert {310, 315} <= set(shown_steps(reference, compiled))
 
     @pytest.mark.parametrize("compiled", [[[0.0, 1.0]], [[0.0], [1.0]]])
     def test_chunks_of_two_shapes_are_refused(self, compiled: list[list[float]]) -> None:

@@ -342,6 +342,16 @@ def test_the_noise_floor_of_layers_is_drawn_where_known(report: dict[str, Any]) 
     assert names() == {"compiled K", "compiled V"}
 
 
+def test_captions_explain_only_what_is_there(report: dict[str, Any]) -> None:
+    said = ("exactly 0", "not finite", "A column is the largest of ")
+    captions = " ".join(Page(html_report(report)).text["figcaption"])
+    assert [each for each in said if each in captions] == []
+    report["kv_error"] |= {"keys": [0.0, 1e30]}
+    report["action_error"]["steps_by_dims"] = [[1e-7]] * 1000
+    captions = " ".join(Page(html_report(report)).text["figcaption"])
+    assert [each for each in said if each in captions] == list(said)
+
+
 @pytest.mark.parametrize("value", [0.0, None, math.nan, math.inf, 1e30, 5e-324])
 def test_any_error_can_be_drawn(report: dict[str, Any], value: float | None) -> None:
     def each(part: Any) -> Any:

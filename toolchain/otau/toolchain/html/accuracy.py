@@ -106,7 +106,7 @@ def chunk_section(report: Mapping[str, Any]) -> Child:
     probe = f"Probe {chunk['probe']}: n" if chunk.get("probe") else "N"
     said = (
         f"{probe}ormalised actions over the steps of one chunk [control ticks], each dimension on its own "
-        "scale. Broad band: PyTorch. Thin line: compiled; where it leaves the band, they differ."
+        "scale. Broad band: PyTorch. Thin line: compiled; where it leaves the band, they differ, by Δ."
     )
     return [tag("p", said, class_="note"), chunk_multiples(reference, compiled)]
 

@@ -77,7 +77,7 @@ def _plot(dim: int, reference: Line, compiled: Line) -> Markup:
         tag("path", d=_path(reference, steps, x, y), class_="reference"),
         tag("path", d=_path(compiled, steps, x, y), class_="compiled"),
     )
-    caption = [tag("b", f"dimension {dim}"), tag("span", difference), tag("span", f"at step {at}")]
+    caption = [tag("b", f"dimension {dim}"), tag("span", f"max |Δ| {error_text(largest)} at step {at}")]
     return tag("figure", picture, tag("figcaption", caption))
 
 
