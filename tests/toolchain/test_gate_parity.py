@@ -30,7 +30,14 @@ from otau.toolchain.gate.reference import (
 )
 from otau.toolchain.graph.programs import DenoiseStep, Ingest, Prefix
 from otau.toolchain.intake import load_checkpoint
-from otau.toolchain.thresholds import FP32, MAX_RELATIVE, NOISE_FLOORS, RELATIVE_RMS, gate_limits
+from otau.toolchain.thresholds import (
+    FP32,
+    MAX_RELATIVE,
+    NOISE_FLOORS,
+    RELATIVE_RMS,
+    gate_limits,
+    prefix_limit,
+)
 from otau.training.policies import FlowPolicy
 
 GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden"
@@ -459,7 +466,8 @@ def test_a_bad_16_bit_graph_fails_by_the_floor(folder: str) -> None:
     assert not gates["actions"].passed
     seeds = gate_limits(reference.floor, prefix="fp16", decoder="fp16", allow="seed")
     assert seeds.actions.value == pytest.approx(0.5 * reference.floor.seed_spread)
-    assert seeds.prefix.value == pytest.approx(seeds.actions.value / reference.floor.actions)
+    assert seeds.prefix == prefix_limit("fp16", "seed")
+    assert seeds.prefix.value == 10.0
     inverted = change(engines["decoder"], "actions", np.negative)
     for decoder, passes in ((off, reference.facts.real_time_chunking is False), (inverted, False)):
         gates = by_name(

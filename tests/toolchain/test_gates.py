@@ -14,11 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from otau.runtime.errors import CheckpointError, GateError
-from otau.runtime.spec import GateResult
 from otau.toolchain import pipeline
-from otau.toolchain.gate.parity import refuse_failed, relative_error
-from otau.toolchain.gate.probes import answer, damaged, make_probes
-from otau.toolchain.intake import load_checkpoint
 from otau.toolchain.pipeline import Compilation, compile_bundle
 
 New = Callable[..., Compilation]
@@ -102,45 +98,6 @@ def test_a_bundle_that_was_there_survives_a_failed_compilation(
         compile_bundle(new_compilation(tiny("pi05"), bundle))
     assert {path.name: path.read_bytes() for path in bundle.iterdir()} == before
     assert list(tmp_path.iterdir()) == [bundle]
-
-
-@pytest.mark.parametrize("policy", ["pi05", "pi0"])
-def test_the_control_damages_the_policy_and_heals_it(tiny: Callable[[str], Path], policy: str) -> None:
-    file = (tiny(policy) / "model.safetensors").read_bytes()
-    module = load_checkpoint(tiny(policy)).load()
-    before = {name: parameter.clone() for name, parameter in module.named_parameters()}
-    probe = make_probes(module)[0]
-    sound = answer(module, probe, 3)
-    with damaged(module):
-        broken = answer(module, probe, 3, sound)
-    assert relative_error(broken.actions, sound.actions) > 2e-6
-    assert relative_error(broken.values[-1], sound.values[-1]) > 1e-5
-    assert np.array_equal(broken.keys, sound.keys), "only the last layer's values are damaged"
-    assert all(torch.equal(before[name], parameter) for name, parameter in module.named_parameters())
-    assert (tiny(policy) / "model.safetensors").read_bytes() == file, "the weights are mapped from it"
-
-
-def test_probes_cover_trained_and_other_delays_and_several_lengths(tiny: Callable[[str], Path]) -> None:
-    module = load_checkpoint(tiny("pi05")).load()
-    probes = make_probes(module)
-    assert all(probe.decoder["delay"].tolist() == [0, 1, 2, 5, 10] for probe in probes)
-    assert len({probe.prefix["tokens"].shape[1] for probe in probes}) > 1
-    assert any(not probe.prefix["token_masks"].all() for probe in probes)
-    assert any(not probe.prefix["image_masks"].all() for probe in probes)
-
-
-def test_relative_error() -> None:
-    reference = np.array([4.0, 0.0], np.float32)
-    assert relative_error(np.array([4.0, 0.2], np.float32), reference) == pytest.approx(0.05)
-    assert relative_error(np.array([0.1], np.float32), np.zeros(1, np.float32)) == pytest.approx(0.1)
-    assert relative_error(np.array([np.nan, 0.0], np.float32), reference) == float("inf")
-    assert relative_error(np.zeros(3, np.float32), reference) == float("inf")
-
-
-def test_a_blind_gate_is_refused() -> None:
-    gate = GateResult(name="fold", metric="m", value=0.0, limit=1.0, passed=True, control_failed=False)
-    with pytest.raises(GateError, match="cannot tell"):
-        refuse_failed([gate])
 
 
 def test_the_weights_are_let_go_before_the_engines_open(

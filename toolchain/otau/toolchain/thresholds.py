@@ -15,13 +15,13 @@ __all__ = [
     "MAX_RELATIVE",
     "NOISE_FLOORS",
     "RELATIVE_RMS",
+    "SEED_FLOORS",
     "SEED_SHARE",
-    "THRESHOLDS",
     "GateLimit",
     "GateLimits",
-    "Limits",
     "action_allowance",
     "gate_limits",
+    "prefix_limit",
 ]
 
 MAX_RELATIVE = "max |error| / max(1, max |reference|)"
@@ -35,6 +35,8 @@ CONTROL_FACTOR = 4.0
 limit away from the sound answer, so it is more than three away from the damaged one."""
 SEED_SHARE = 0.5
 """With `--allow seed`: largest action error as a share of the distance between two noise seeds."""
+SEED_FLOORS = 10.0
+"""With `--allow seed`: how many noise floors K and V may be off."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,13 @@ def action_allowance(floor: NoiseFloor, allow: Literal["seed"] | None) -> float:
     return floor.actions if allow is None else max(floor.actions, SEED_SHARE * floor.seed_spread)
 
 
+def prefix_limit(precision: str, allow: Literal["seed"] | None) -> GateLimit:
+    """The limit of K and V in a precision; any but `fp32` is a lower one."""
+    if precision == "fp32":
+        return FP32.prefix
+    return GateLimit(NOISE_FLOORS, 1.0 if allow is None else SEED_FLOORS)
+
+
 def gate_limits(
     floor: NoiseFloor, *, prefix: str, decoder: str, allow: Literal["seed"] | None = None
 ) -> GateLimits:
@@ -81,27 +90,11 @@ def gate_limits(
         prefix: Precision of the prefix graph; any but `fp32` is a lower one.
         decoder: Precision of ingest and decoder.
         allow: `seed` lets actions be as far off as half the distance between two noise seeds, and K and V
-            as many noise floors as the actions then are.
+            ten noise floors.
     """
-    allowed = action_allowance(floor, allow)
-    floors = allowed / floor.actions if floor.actions else 1.0
-    actions = GateLimit(RELATIVE_RMS, allowed)
+    actions = GateLimit(RELATIVE_RMS, action_allowance(floor, allow))
     return GateLimits(
-        prefix=FP32.prefix if prefix == "fp32" else GateLimit(NOISE_FLOORS, floors),
+        prefix=prefix_limit(prefix, allow),
         decoder=FP32.decoder if decoder == "fp32" else actions,
         actions=FP32.actions if prefix == decoder == "fp32" else actions,
     )
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Largest errors of a precision, relative to the reference's scale (max |reference|, at least 1)."""
-
-    cache: float
-    """On K and V of any layer."""
-    actions: float
-    """On the action chunk."""
-
-
-THRESHOLDS = {"fp32": Limits(cache=1e-5, actions=2e-6)}
-"""Limits by precision."""

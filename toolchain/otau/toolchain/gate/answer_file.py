@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from otau.runtime.errors import BundleError
 from otau.toolchain.gate.answers import CONTROLS, NoiseFloor, PrefixAnswer, PrefixReference, Reference
 from otau.toolchain.gate.probes import (
-    CONTROL_PROBE,
+    FLOOR_PROBES,
     PROBE_NAMES,
     Probe,
     ProbeFacts,
@@ -43,7 +43,8 @@ _SHORT_DTYPES = {"F32": "float32", "F64": "float64", "I64": "int64", "BOOL": "bo
 def write_prefix_reference(path: Path, reference: PrefixReference) -> None:
     """Write the first half."""
     tensors = _probe_tensors(reference)
-    tensors |= {"rounded/keys": reference.rounded.keys, "rounded/values": reference.rounded.values}
+    for name, cache in reference.served.items():
+        tensors |= {f"served/{name}/keys": cache.keys, f"served/{name}/values": cache.values}
     _write(path, tensors)
 
 
@@ -68,11 +69,20 @@ def read_prefix_reference(path: Path, facts: ProbeFacts) -> PrefixReference:
     Raises:
         BundleError: The file is damaged, or of another policy.
     """
-    cache = _cache_shape(facts, CONTROL_PROBE)
-    tensors = _read(path, _prefix_shapes(facts) | {"rounded/keys": cache, "rounded/values": cache})
+    served = {
+        f"served/{name}/{side}": _cache_shape(facts, name)
+        for name in FLOOR_PROBES
+        for side in ("keys", "values")
+    }
+    tensors = _read(path, _prefix_shapes(facts) | served)
     probes, caches = _probes(tensors, facts, path)
-    rounded = PrefixAnswer(tensors["rounded/keys"], tensors["rounded/values"], caches[CONTROL_PROBE].mask)
-    return PrefixReference(facts, probes, caches, rounded)
+    halves = {
+        name: PrefixAnswer(
+            tensors[f"served/{name}/keys"], tensors[f"served/{name}/values"], caches[name].mask
+        )
+        for name in FLOOR_PROBES
+    }
+    return PrefixReference(facts, probes, caches, halves)
 
 
 def read_reference(path: Path, facts: ProbeFacts) -> Reference:

@@ -6,15 +6,17 @@ takes the VLM's weights, and the decoder's, which takes the expert's and works o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import msgspec
 import numpy as np
 
-from otau.toolchain.gate.probes import Probe, ProbeFacts
+from otau.toolchain.gate.metrics import relative_rms
+from otau.toolchain.gate.probes import CONTROL_PROBE, Probe, ProbeFacts
 
-__all__ = ["CONTROLS", "NoiseFloor", "PrefixAnswer", "PrefixReference", "Reference"]
+__all__ = ["CONTROLS", "CacheFloor", "NoiseFloor", "PrefixAnswer", "PrefixReference", "Reference"]
 
 CONTROLS = ("fine", "floor", "seed")
 """The negative controls of the decoder: a weight scaled by 1.01, and by what exceeds the noise floor, or the
@@ -33,13 +35,18 @@ class PrefixAnswer:
     """(B, P) bool; what is False is compared nowhere."""
 
 
-class NoiseFloor(msgspec.Struct, frozen=True, kw_only=True):
-    """How far the policy in bfloat16, as it is served, is from itself in float32: relative RMS errors."""
+class CacheFloor(msgspec.Struct, frozen=True, kw_only=True):
+    """How far K and V in bfloat16, as served, are from themselves in float32: relative RMS errors."""
 
     keys: tuple[float, ...]
     """One a layer."""
     values: tuple[float, ...]
     """One a layer."""
+
+
+class NoiseFloor(CacheFloor, frozen=True, kw_only=True):
+    """The same of the actions."""
+
     actions: float
     """Of the whole chain, prefix and decoder in bfloat16."""
     seed_spread: float
@@ -54,8 +61,30 @@ class PrefixReference:
     probes: tuple[Probe, ...]
     caches: Mapping[str, PrefixAnswer]
     """By probe."""
-    rounded: PrefixAnswer
-    """The control probe's, in bfloat16 (kept as float32)."""
+    served: Mapping[str, PrefixAnswer]
+    """By probe of `FLOOR_PROBES`: the caches in bfloat16, kept as float32."""
+
+    @cached_property
+    def floor(self) -> CacheFloor:
+        """The noise floor of each layer: the worse of its probes."""
+
+        def layers(side: Callable[[PrefixAnswer], np.ndarray]) -> tuple[float, ...]:
+            by_probe = [
+                [
+                    relative_rms(rounded[sound.mask], exact[sound.mask])
+                    for rounded, exact in zip(side(self.served[name]), side(sound), strict=True)
+                ]
+                for name, sound in self.caches.items()
+                if name in self.served
+            ]
+            return tuple(max(floors) for floors in zip(*by_probe, strict=True))
+
+        return CacheFloor(keys=layers(lambda cache: cache.keys), values=layers(lambda cache: cache.values))
+
+    @property
+    def rounded(self) -> PrefixAnswer:  # TEMPORARY, for stages/prefix_gate.py, which is to take `floor`
+        """The control probe's served cache."""
+        return self.served[CONTROL_PROBE]
 
     def probe(self, name: str) -> Probe:
         """The probe of that name."""

@@ -82,7 +82,7 @@ def _print(document: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("gate", "error", "limit", "headroom", "when compiled", "control failed", "metric")
+    table = Table("gate", "error", "limit", "headroom", "when compiled", "control failed")
     for gate in document["gates"]:
         headroom, before = gate["headroom"], gate["when_compiled"]
         table.add_row(
@@ -92,10 +92,12 @@ def _print(document: dict[str, Any]) -> None:
             "exact" if headroom is None else f"{headroom:.2g} x",
             "" if before is None else f"{before:.2e}",
             "yes" if gate["control_failed"] else "NO",
-            gate["metric"],
         )
     console = Console()
     console.print(table)
+    for metric in dict.fromkeys(gate["metric"] for gate in document["gates"]):
+        names = ", ".join(gate["name"] for gate in document["gates"] if gate["metric"] == metric)
+        console.print(f"{names}: {metric}", markup=False)
     ran = ", ".join(f"{graph} on {provider}" for graph, provider in document["providers"].items())
     console.print(f"{document['engine']} ran {ran}", markup=False)
     verdict = "every gate passed" if document["passed"] else "NOT the policy that it was compiled from"

@@ -10,9 +10,8 @@ from otau.runtime.spec import GateResult
 from otau.toolchain.gate.metrics import relative_error
 from otau.toolchain.thresholds import MAX_RELATIVE
 
-__all__ = ["LARGEST", "METRIC", "judge", "refuse_failed", "relative_error"]
+__all__ = ["LARGEST", "judge", "refuse_failed", "relative_error"]
 
-METRIC = MAX_RELATIVE
 LARGEST = 1e30
 """What stands for an infinite error, since JSON has none."""
 
@@ -80,11 +79,3 @@ def refuse_failed(gates: Sequence[GateResult], fix: str = "no bundle was written
             got="no difference",
             fix=f"the checkpoint's last layers may be all zero; {fix}",
         )
-
-
-def __getattr__(name: str) -> object:  # TEMPORARY: what the pipeline still imports
-    if name == "gate_engines":
-        from otau.toolchain.gate import earlier
-
-        return earlier.gate_engines
-    raise AttributeError(name)

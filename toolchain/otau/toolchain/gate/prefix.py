@@ -15,7 +15,7 @@ import numpy as np
 
 from otau.runtime.engines import Engine
 from otau.runtime.spec import GateResult
-from otau.toolchain.gate.answers import NoiseFloor, PrefixAnswer, Reference
+from otau.toolchain.gate.answers import CacheFloor, PrefixAnswer, PrefixReference, Reference
 from otau.toolchain.gate.metrics import relative_error, relative_rms
 from otau.toolchain.gate.parity import LARGEST, judge
 from otau.toolchain.gate.probes import CONTROL_PROBE
@@ -45,12 +45,12 @@ class PrefixVerdict:
     """The compiled caches by probe, for the chain."""
 
 
-def gate_prefix(engine: Engine, reference: Reference, limit: GateLimit) -> PrefixVerdict:
+def gate_prefix(engine: Engine, reference: PrefixReference | Reference, limit: GateLimit) -> PrefixVerdict:
     """Judge the prefix: K and V of every layer, on every probe.
 
     Args:
         engine: Of the prefix graph; it may be closed afterwards.
-        reference: The policy's answers.
+        reference: The policy's answers; the first half is enough.
         limit: `MAX_RELATIVE`, or `NOISE_FLOORS`, where each layer's K and V is held against its own floor.
     """
     caches = {}
@@ -68,7 +68,7 @@ def gate_prefix(engine: Engine, reference: Reference, limit: GateLimit) -> Prefi
     return PrefixVerdict(gate, _layer_errors(caches, reference.caches), caches)
 
 
-def _damaged(reference: Reference, limit: GateLimit) -> PrefixAnswer:
+def _damaged(reference: PrefixReference | Reference, limit: GateLimit) -> PrefixAnswer:
     """The control probe's cache by a policy whose last value projection is scaled."""
     damage = CONTROL_DAMAGE
     if limit.metric == NOISE_FLOORS:
@@ -79,7 +79,7 @@ def _damaged(reference: Reference, limit: GateLimit) -> PrefixAnswer:
     return PrefixAnswer(cache.keys, values, cache.mask)
 
 
-def _cache_error(got: PrefixAnswer, wanted: PrefixAnswer, limit: GateLimit, floor: NoiseFloor) -> float:
+def _cache_error(got: PrefixAnswer, wanted: PrefixAnswer, limit: GateLimit, floor: CacheFloor) -> float:
     """The worst error of any layer's K or V, in the limit's metric."""
     if not np.array_equal(got.mask, wanted.mask) or len(got.keys) != len(wanted.keys):
         return float("inf")

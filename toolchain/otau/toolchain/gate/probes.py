@@ -3,13 +3,14 @@
 Three prefixes: `full` (all cameras, the longest prompt), `padded` (the same, half the prompt and all cameras
 but the first masked) and `short` (one camera, an eighth of the prompt). Each is decoded in rows: one for
 every delay up to the trained maximum, and for one, half and all of the chunk, which the graph serves too;
-`short`, on which the damaged and the bfloat16 policy are asked as well, has each delay with two noise seeds.
-A policy that knows no delay gets two rows a probe.
+`short`, on which the damaged decoder is asked as well, has each delay with two noise seeds. A policy that
+knows no delay gets two rows a probe.
 
 At full size (968 tokens, chunk 50, 10 steps) `full` and `padded` cost 4.7 TFLOP each and `short` 1.3, and a
 row 0.39 TFLOP: with no trained delay (0, 1, 25, 50) 16 rows, 6.2 TFLOP. Each more delay adds 4 rows, 1.6
 TFLOP. The policy pays that once, the engines the prefixes once and the rows twice (on the reference's cache,
-and in the chain). In memory and in the bundle: 38 MB a prefix of 1024 tokens, 90 MB in all.
+and in the chain). The noise floor adds 6 TFLOP of prefix and 4 rows, in bfloat16, the controls about 3 rows.
+In memory and in the bundle: 38 MB a prefix of 1024 tokens, 90 MB in all.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from otau.runtime.spec import Manifest
 __all__ = [
     "CONTROL_PROBE",
     "CONTROL_ROWS",
+    "FLOOR_PROBES",
+    "FLOOR_ROWS",
     "PROBE_NAMES",
     "SEED_ROWS",
     "Probe",
@@ -35,7 +38,10 @@ __all__ = [
 
 PROBE_NAMES = ("full", "padded", "short")
 CONTROL_PROBE = "short"
-"""The cheapest probe: on it the damaged and the bfloat16 policy are asked, too."""
+"""The cheapest probe: on it the damaged policy is asked, too."""
+FLOOR_PROBES = ("full", "short")
+"""The probes of the noise floor, each with its first two rows."""
+FLOOR_ROWS = slice(0, 2)
 SEED_ROWS = slice(0, 2)
 """The rows of the control probe that differ by the noise alone: delay 0, the same state."""
 CONTROL_ROWS = slice(0, 1)
@@ -161,10 +167,6 @@ def make_probes(facts: ProbeFacts, seed: int = 1) -> tuple[Probe, ...]:
         facts: Of the policy.
         seed: Another seed makes other probes of the same shapes.
     """
-    if not isinstance(facts, ProbeFacts):  # TEMPORARY: the pipeline still asks with a policy
-        from otau.toolchain.gate import earlier
-
-        return earlier.make_probes(facts, seed)
     return tuple(_probe(facts, name, [seed, number]) for number, name in enumerate(PROBE_NAMES))
 
 
@@ -190,11 +192,3 @@ def _probe(facts: ProbeFacts, name: str, seed: list[int]) -> Probe:
     if "state" in decoder and name == CONTROL_PROBE:
         decoder["state"][:] = decoder["state"][0]
     return Probe(name, prefix, decoder)
-
-
-def __getattr__(name: str) -> object:  # TEMPORARY: what the pipeline still imports
-    if name in ("Answer", "answer", "damaged", "folded_actions"):
-        from otau.toolchain.gate import earlier
-
-        return getattr(earlier, name)
-    raise AttributeError(name)

@@ -19,7 +19,15 @@ from otau.runtime.spec import GateResult
 from otau.toolchain.gate.answers import NoiseFloor, PrefixAnswer, PrefixReference, Reference
 from otau.toolchain.gate.metrics import action_rms, relative_error, relative_rms
 from otau.toolchain.gate.parity import judge
-from otau.toolchain.gate.probes import CONTROL_PROBE, CONTROL_ROWS, SEED_ROWS, Probe, ProbeFacts
+from otau.toolchain.gate.probes import (
+    CONTROL_PROBE,
+    CONTROL_ROWS,
+    FLOOR_PROBES,
+    FLOOR_ROWS,
+    SEED_ROWS,
+    Probe,
+    ProbeFacts,
+)
 from otau.toolchain.graph.programs import DenoiseStep, Prefix
 from otau.toolchain.thresholds import CONTROL_DAMAGE, CONTROL_FACTOR, FP32, action_allowance
 from otau.training.policies import FlowPolicy, lay_out
@@ -68,9 +76,9 @@ def prefix_reference(policy: FlowPolicy, probes: tuple[Probe, ...]) -> PrefixRef
         probes: As `make_probes` made them.
     """
     caches = {probe.name: _cache(policy, probe) for probe in probes}
-    control = next(probe for probe in probes if probe.name == CONTROL_PROBE)
-    rounded = _cache(policy.to_bfloat16(), control)
-    return PrefixReference(ProbeFactsFromPolicy(policy), probes, caches, rounded)
+    policy.to_bfloat16()
+    served = {probe.name: _cache(policy, probe) for probe in probes if probe.name in FLOOR_PROBES}
+    return PrefixReference(ProbeFactsFromPolicy(policy), probes, caches, served)
 
 
 @torch.no_grad()
@@ -86,22 +94,25 @@ def decoder_reference(policy: FlowPolicy, prefix: PrefixReference, num_steps: in
     actions = {
         probe.name: _actions(policy, probe, prefix.caches[probe.name], num_steps) for probe in prefix.probes
     }
-    seeds = actions[CONTROL_PROBE][SEED_ROWS]
     served = copy.deepcopy(policy).to_bfloat16()
-    rounded = _actions(served, control, prefix.rounded, num_steps, SEED_ROWS)
+    errors = [
+        action_rms(
+            _actions(served, prefix.probe(name), cache, num_steps, FLOOR_ROWS),
+            actions[name][FLOOR_ROWS],
+            facts.row_delays(name)[FLOOR_ROWS],
+            facts.action_dim,
+        )
+        for name, cache in prefix.served.items()
+    ]
     del served
-    sound = prefix.caches[CONTROL_PROBE]
-    valid = sound.mask
+    seeds = actions[CONTROL_PROBE][SEED_ROWS]
     floor = NoiseFloor(
-        keys=tuple(
-            relative_rms(b[valid], f[valid]) for b, f in zip(prefix.rounded.keys, sound.keys, strict=True)
-        ),
-        values=tuple(
-            relative_rms(b[valid], f[valid]) for b, f in zip(prefix.rounded.values, sound.values, strict=True)
-        ),
-        actions=action_rms(rounded, seeds, (0, 0), facts.action_dim),
+        keys=prefix.floor.keys,
+        values=prefix.floor.values,
+        actions=max(errors),
         seed_spread=action_rms(seeds[1:], seeds[:1], (0,), facts.action_dim),
     )
+    sound = prefix.caches[CONTROL_PROBE]
     controls = _controls(policy, control, sound, actions[CONTROL_PROBE], num_steps, floor, facts)
     return Reference(facts, prefix.probes, prefix.caches, actions, controls, floor)
 

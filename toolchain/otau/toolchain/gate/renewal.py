@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from otau.toolchain.gate.answers import Reference
 from otau.toolchain.gate.probes import make_probes
 from otau.toolchain.gate.reference import ProbeFactsFromPolicy, decoder_reference, prefix_reference
 from otau.toolchain.intake import load_checkpoint
-from otau.toolchain.manifest import ManifestFromCheckpoint
+from otau.toolchain.manifest import ManifestFromCheckpoint, head_names
 from otau.toolchain.overrides import Overrides, apply_overrides
 from otau.toolchain.targets import find_target
 from otau.training.policies import Checkpoint
@@ -41,7 +43,8 @@ def new_reference(
         CheckpointError: It is not the one that was compiled, or damaged.
     """
     on_stage("read the checkpoint")
-    checkpoint = _as_compiled(load_checkpoint(folder), bundle.manifest)
+    # Its values are judged by what comes out.
+    checkpoint = _as_compiled(load_checkpoint(folder, values=False), bundle.manifest)
     _refuse_other_policy(checkpoint, bundle)
     probes = make_probes(ProbeFactsFromPolicy(checkpoint.empty), seed)
     on_stage("answer with the prefix in PyTorch")
@@ -52,10 +55,15 @@ def new_reference(
 
 def _as_compiled(checkpoint: Checkpoint, manifest: Manifest) -> Checkpoint:
     """The checkpoint with the choices that the user made when the bundle was compiled."""
-    config = checkpoint.config
+    config, folder = checkpoint.config, checkpoint.folder
     cameras = {camera.name for camera in manifest.cameras}
-    heads = manifest.norm.heads
-    several = max((len(rows) for rows in checkpoint.statistics.values()), default=1) > 1
+    heads, names = manifest.norm.heads, head_names(checkpoint)
+    if config.type != manifest.policy:
+        raise _other_policy(folder, "policy type", manifest.policy, config.type)
+    if not cameras <= config.cameras().keys():
+        raise _other_policy(folder, "cameras", ", ".join(sorted(cameras)), ", ".join(config.cameras()))
+    if not set(heads) <= set(names):
+        raise _other_policy(folder, "normalisation heads", ", ".join(heads), ", ".join(names))
     narrowed = {
         kind: given if given < stored else None
         for kind, given, stored in (
@@ -64,12 +72,25 @@ def _as_compiled(checkpoint: Checkpoint, manifest: Manifest) -> Checkpoint:
         )
     }
     overrides = Overrides(
-        norm_head=heads[0] if several and len(heads) == 1 else None,
+        norm_head=heads[0] if len(heads) < len(names) else None,
         absent_cameras=tuple(name for name in config.cameras() if name not in cameras),
         without_response=manifest.prompt.response_left_out,
         **narrowed,
     )
-    return apply_overrides(checkpoint, overrides)
+    with _silent(apply_overrides.__module__):
+        return apply_overrides(checkpoint, overrides)
+
+
+@contextmanager
+def _silent(name: str) -> Iterator[None]:
+    """Keep warnings back that were given when the bundle was compiled."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _refuse_other_policy(checkpoint: Checkpoint, bundle: Bundle) -> None:
