@@ -2,21 +2,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from otau.toolchain.pipeline import Compilation, compile_bundle
+from otau.toolchain.cache.store import CompileCache
+from otau.toolchain.compilation import Compilation
+from otau.toolchain.pipeline import compile_bundle
 from otau.toolchain.targets import find_target
 from otau.training.random_checkpoint import write_random_checkpoint
 
 
 @pytest.fixture(scope="session")
-def new_compilation() -> Callable[..., Compilation]:
-    """What to compile, not begun."""
+def new_compilation(compile_cache: Path) -> Callable[..., Compilation]:
+    """What to compile, not begun; options are fields of `Compilation`."""
 
-    def new(source: Path, out: Path, num_steps: int | None = None) -> Compilation:
-        target, precision = find_target("cpu", None)
-        return Compilation(source, out, target, precision, num_steps=num_steps)
+    def new(source: Path, out: Path, num_steps: int | None = None, **options: Any) -> Compilation:
+        target, precision = find_target("cpu", options.pop("precision", None))
+        cache = CompileCache(options.pop("cache", compile_cache))
+        return Compilation(source, out, target, precision, cache, num_steps=num_steps, **options)
 
     return new
 

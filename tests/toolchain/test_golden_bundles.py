@@ -18,7 +18,7 @@ from otau.toolchain.gate.parity import relative_error
 from otau.toolchain.graph.export import decoder_inputs, prefix_inputs
 from otau.toolchain.graph.programs import Prefix
 from otau.toolchain.intake import load_checkpoint
-from otau.toolchain.pipeline import Compilation
+from otau.toolchain.compilation import Compilation
 from otau.training.policies import lay_out
 
 GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden"
@@ -136,12 +136,14 @@ def test_the_report(folder: str, compiled: Compiled) -> None:
     compilation = compiled(GOLDEN / folder)
     report = json.loads((compilation.destination / "report.json").read_text())
     assert report["policy"] == folder.split("_")[0]
-    assert [gate["name"] for gate in report["gates"]] == ["fold", "prefix", "decoder", "actions"]
+    names = [gate["name"] for gate in report["gates"]]
+    assert names == ["prefix", "fold", "decoder", "decoder_step", "actions"]
     assert all(gate["passed"] and gate["control_failed"] for gate in report["gates"])
-    assert set(report["graphs"]) == {"prefix", "ingest", "decoder"}
+    assert set(report["graphs"]) == {"prefix", "ingest", "decoder", "decoder_step"}
     for graph in report["graphs"].values():
         assert 0 < graph["nodes_final"] < graph["nodes_exported"]
-    assert compilation.report()["stages"][-1]["name"] == "seal"
+        assert all(step["error"] <= 1e-6 for step in graph["passes"])
+    assert len(report["kv_error"]["keys"]) == len(report["noise_floor"]["values"]) == 3
 
 
 @pytest.mark.parametrize("folder", ["pi05_discrete", "pi05_continuous"])
@@ -158,7 +160,7 @@ def test_adaptive_norm_layers_are_gone_from_the_decoder(folder: str, compiled: C
     others += sum(p.numel() for m in (policy.action_in_proj, policy.action_out_proj) for p in m.parameters())
     norms, width = 2 * policy.dims.expert.layers + 1, policy.dims.expert.hidden
     table = (policy.config.num_steps + 1) * norms * 3 * width
-    parameters = compilation.graphs["decoder"].parameters
+    parameters = compilation.graphs()["decoder"].spec.parameters
     assert others + table <= parameters < others + table + 100
     model = onnx.load(compilation.destination / "decoder.onnx", load_external_data=False)
     assert not any(list(tensor.dims) == [3 * width, width] for tensor in model.graph.initializer)

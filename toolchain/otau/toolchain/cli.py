@@ -97,6 +97,7 @@ def compile_checkpoint(
     Example: otau compile run/checkpoints/000040 --target cpu --out my_bundle
     """
     from otau.toolchain.cache.store import CompileCache, default_root
+    from otau.toolchain.compilation import Compilation
     from otau.toolchain.compilation_report import compilation_report
     from otau.toolchain.targets import find_target
 
@@ -109,7 +110,7 @@ def compile_checkpoint(
     found, precision = find_target(target, precision)
     require("onnx_ir", extra="toolchain")
     pipeline = require("otau.toolchain.pipeline", extra="toolchain")
-    compilation = pipeline.Compilation(
+    compilation = Compilation(
         source=checkpoint,
         destination=out,
         target=found,

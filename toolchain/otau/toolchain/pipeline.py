@@ -2,7 +2,8 @@
 
 Each stage is a module of `stages/` whose `run(compilation, folder)` leaves its results in a folder of the
 compile cache. The folder is named by a key: the hash of the code, of the options that the stage reads, and of
-the keys of the stages it follows. A stage whose results are there is not run again, nor is its module imported.
+the keys of the stages it follows. A stage whose results are there is not run again, nor is its module
+imported.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 
 import otau
+from otau.runtime.bundle_writer import BundleWriter
 from otau.runtime.errors import OtauError
 from otau.runtime.spec import Manifest
 from otau.toolchain.cache.sources import digest, folder_digest
@@ -26,7 +28,7 @@ from otau.toolchain.compilation import Compilation, StageRun
 from otau.toolchain.memory import peak_rss_mb, reset_peak_rss
 from otau.toolchain.tokenizer import has_tokenizer
 
-__all__ = ["PACKAGES", "STAGES", "Stage", "Compilation", "compile_bundle", "package_versions", "stage_keys"]
+__all__ = ["PACKAGES", "STAGES", "Stage", "compile_bundle", "package_versions", "stage_keys"]
 
 PACKAGES = ("otau", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 """What has a hand in a bundle."""
@@ -100,6 +102,8 @@ def compile_bundle(c: Compilation, on_stage: Callable[[str], None] = lambda name
     Raises:
         OtauError: A stage refused its input or failed its gate; nothing is left at the destination.
     """
+    # Refuses a destination that is taken now, and not when all is done.
+    BundleWriter(c.destination)
     with c.cache.in_use():
         c.cache.sweep()
         keys = stage_keys(c)

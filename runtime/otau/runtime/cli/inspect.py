@@ -83,8 +83,6 @@ def _signatures(bundle: Bundle) -> list[dict[str, Any]]:
 
 def _print_bundle(console: Console, bundle: Bundle, signatures: list[dict[str, Any]]) -> None:
     """A bundle for people."""
-    from otau.runtime.manifest import GRAPHS
-
     manifest = bundle.manifest
     words = {True: "valid", False: "NOT VALID", None: "not checked: pip install 'otau[sign]'"}
     flow, norm, prompt = manifest.flow, manifest.norm, manifest.prompt
@@ -113,7 +111,8 @@ def _print_bundle(console: Console, bundle: Bundle, signatures: list[dict[str, A
             "normalisation": f"state {norm.state} ({norm.state_dtype}), action {norm.action},"
             f" eps {norm.eps:g}; heads {', '.join(norm.heads)}",
             "prompt": f"{prompt.template!r}, {prompt.max_length} tokens, "
-            + (f"tokenizer {prompt.tokenizer}" if prompt.tokenizer else "no tokenizer: takes token ids"),
+            + (f"tokenizer {prompt.tokenizer}" if prompt.tokenizer else "no tokenizer: takes token ids")
+            + (", the response is left out" if prompt.response_left_out else ""),
             "flow": f"{flow.num_steps} steps, chunk {flow.chunk}, {flow.n_action_steps} to execute, "
             + (f"delay up to {flow.max_delay}" if flow.real_time_chunking else "no real-time chunking"),
             "KV cache": f"{manifest.kv_layers} layers x {manifest.kv_heads} heads x {manifest.head_dim},"
@@ -122,8 +121,7 @@ def _print_bundle(console: Console, bundle: Bundle, signatures: list[dict[str, A
         },
     )
     graphs = _table("graph", "file", "nodes", "parameters")
-    for name in GRAPHS:
-        graph = manifest.graphs[name]
+    for name, graph in manifest.graphs.items():
         graphs.add_row(name, graph.file, f"{graph.nodes:,}", f"{graph.parameters:,}")
     gates = _table("gate", "metric", "value", "limit", "passed", "control failed")
     for gate in manifest.gates:

@@ -57,7 +57,7 @@ class DenoiseStep(nn.Module):
         super().__init__()
         self.policy = policy
         with torch.no_grad():
-            schedule = policy.time_condition(flow_times(num_steps))
+            schedule = policy.time_condition(flow_times(num_steps, policy.config.flow_times))
             self.register_buffer("schedule", torch.stack(schedule, dim=1))
             clean = policy.time_condition(torch.zeros(()))
             self.register_buffer("clean", torch.stack(clean) if policy.real_time_chunking else None)
