@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from otau.runtime.errors import CheckpointError, OtauError
+from otau.toolchain.intake.files import FileRead
 from otau.toolchain.intake.opened import OpenedCheckpoint
 from otau.toolchain.intake.zero import is_zero, open_zero
 from otau.toolchain.memory import peak_rss_mb, reset_peak_rss
@@ -209,8 +210,12 @@ def test_any_ranks_groups_and_shapes(
     expected = {name: tensor for group in groups for name, tensor in group.items()} | rest
     assert set(weights) == set(expected)
     for name, tensor in expected.items():
-        assert torch.equal(weights[name].read(), tensor)
+        read = weights[name].read
+        assert torch.equal(read(), tensor)
         assert weights[name].dtype == tensor.dtype
+        # What streams the bytes gets these and no padding.
+        assert isinstance(read, FileRead)
+        assert sum(piece.nbytes for piece in read.pieces) == weights[name].nbytes
 
 
 def simple(folder: Path, stage: int, ranks: int = 2) -> Path:
