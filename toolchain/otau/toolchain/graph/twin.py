@@ -50,6 +50,8 @@ def run_graph(model: ir.Model, feeds: Mapping[str, np.ndarray]) -> dict[str, np.
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
+    # A stored weight would be packed, and its product summed in another order than that of a computed one.
+    options.add_session_config_entry("session.disable_prepacking", "1")
     session = onnxruntime.InferenceSession(
         ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
