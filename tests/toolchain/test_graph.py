@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable
 
 import numpy as np
@@ -13,7 +12,6 @@ from onnx_ir.passes import common
 from otau.toolchain.graph.attention import BoundMaskFill, RequireConcatRotary, RequireNoHeadExpansion
 from otau.toolchain.graph.fuse import FuseSiblingProducts
 from otau.toolchain.graph.loop import LoopDenoiseSteps, UnrollDenoiseSteps
-from otau.toolchain.graph.patches import PATCHES, Patch, applied
 from otau.toolchain.graph.simplify import (
     ClearMetadata,
     FoldConstants,
@@ -370,37 +368,3 @@ def test_a_loop_body_that_repeats_work_fails_the_check(graph) -> None:
     with pytest.raises(ir.passes.PostconditionError, match="again"):
         LoopDenoiseSteps(2).ensures(model)
     assert count_nodes(model) == 7
-
-
-def test_every_patch_has_its_reason() -> None:
-    """None is needed today: all other tests export unpatched. One to come brings its failing test."""
-    assert PATCHES == ()
-
-
-def test_patches_are_undone() -> None:
-    library = types.SimpleNamespace(a=1, b=2)
-    patches = [Patch(library, "a", 10, "why", "issue"), Patch(library, "b", 20, "why", "issue")]
-    with applied(patches):
-        assert (library.a, library.b) == (10, 20)
-    assert (library.a, library.b) == (1, 2)
-
-
-def test_patches_are_undone_after_an_error_and_after_a_bad_patch() -> None:
-    library = types.SimpleNamespace(a=1)
-    good = Patch(library, "a", 10, "why", "issue")
-
-    def export_that_fails() -> None:
-        with applied([good]):
-            raise RuntimeError("export failed")
-
-    def apply_a_patch_that_upstream_outgrew() -> None:
-        with applied([good, Patch(library, "gone", 1, "why", "issue")]):
-            pytest.fail("a patch of something that is not there must not apply")
-
-    with pytest.raises(RuntimeError):
-        export_that_fails()
-    assert library.a == 1
-    with pytest.raises(AttributeError):
-        apply_a_patch_that_upstream_outgrew()
-    assert library.a == 1
-    assert not hasattr(library, "gone")
