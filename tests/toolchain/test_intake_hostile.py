@@ -385,9 +385,8 @@ def test_an_entry_larger_than_the_file(tmp_path: Path) -> None:
 
 
 def test_pipes_and_devices_are_not_opened_for_long(tmp_path: Path) -> None:
-    pipe = tmp_path / "weights.pt"
-    os.mkfifo(pipe)
-    for path in (pipe, Path("/dev/zero"), tmp_path):
+    os.mkfifo(tmp_path / "pipe.pt")
+    for path in (tmp_path / "pipe.pt", Path("/dev/zero"), tmp_path):
         with pytest.raises(CheckpointError, match=r"no plain file|cannot be read"):
             read_torch_file(path)
 
