@@ -14,11 +14,11 @@ from safetensors.numpy import load_file
 from otau.runtime import Policy
 from otau.runtime.engines import engine_class
 from otau.runtime.recorded import read_recorded
+from otau.toolchain.compilation import Compilation
 from otau.toolchain.gate.parity import relative_error
 from otau.toolchain.graph.export import decoder_inputs, prefix_inputs
 from otau.toolchain.graph.programs import Prefix
 from otau.toolchain.intake import load_checkpoint
-from otau.toolchain.compilation import Compilation
 from otau.training.policies import lay_out
 
 GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden"

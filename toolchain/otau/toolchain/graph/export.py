@@ -1,8 +1,8 @@
 """Policy -> the graphs as torch exports them, without its weights.
 
 A graph follows from the policy's configuration and sizes. It is traced on fake tensors, which have shapes and
-no memory, and its initializers read the checkpoint when they are written: exporting the full-size prefix takes
-0.6 GB instead of 26.
+no memory, and its initializers read the checkpoint when they are written: the full-size prefix is exported in
+0.6 GB of memory.
 
 Every size that may differ at run time is a named dynamic dimension: `B` batch, `N` cameras, `L` prompt
 tokens, `P` prefix tokens. The examples have a batch of two, because torch.export bakes in a size of one.

@@ -14,7 +14,7 @@ from otau.toolchain.graph.loop import LoopDenoiseSteps, UnrollDenoiseSteps
 from otau.toolchain.graph.passes import run_passes
 from otau.toolchain.graph.programs import DenoiseStep
 from otau.toolchain.graph.save import save_graphs
-from otau.toolchain.graph.simplify import count_nodes
+from otau.toolchain.graph.simplify import FoldWeightExpressions, RemoveUnused, count_nodes
 from otau.toolchain.graph.twin import decoder_answer, narrow_twin
 from otau.toolchain.intake.safetensors import read_safetensors
 from otau.toolchain.stages.fold import TABLES
@@ -24,7 +24,6 @@ from otau.training.policies.weights import StoredTensor, Weights
 
 __all__ = ["run"]
 
-_VARIANTS = {"loop": LoopDenoiseSteps, "unrolled": UnrollDenoiseSteps}
 
 
 def run(c: Compilation, folder: Path) -> None:
@@ -41,8 +40,7 @@ def run(c: Compilation, folder: Path) -> None:
     passes = run_passes(step, twin_step, target_passes(c, "decoder"), answer, "decoder step")
     # The copies share their tensors, and so the file of weights.
     decoder, twin_decoder = step.clone(), twin_step.clone()
-    variant: ir.passes.InPlacePass = _VARIANTS[c.decoder](c.steps)
-    more = run_passes(decoder, twin_decoder, (variant,), answer, "decoder")
+    more = run_passes(decoder, twin_decoder, _repetition(c), answer, "decoder")
 
     models = {"decoder": decoder, "decoder_step": step}
     save_graphs(models, folder, "decoder.onnx.data")
@@ -54,6 +52,14 @@ def run(c: Compilation, folder: Path) -> None:
             "decoder_step": GraphReportFromModel("decoder_step", step, exported, passes),
         },
     )
+
+
+def _repetition(c: Compilation) -> tuple[ir.passes.InPlacePass, ...]:
+    """From one step to all."""
+    if c.decoder == "loop":
+        return (LoopDenoiseSteps(c.steps),)
+    # Each step reads its own row of the tables, which is a constant then.
+    return (UnrollDenoiseSteps(c.steps), FoldWeightExpressions(), RemoveUnused())
 
 
 def _twin_tables(twin: FlowPolicy, num_steps: int) -> Weights:

@@ -98,8 +98,10 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
     Returns:
         Two tensors (B, T, 1, D / 2), float32.
     """
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angle = positions.float()[:, :, None, None] * (theta**-exponent)
+    # The frequencies in float64, rounded once: float32 powers differ by a unit in the last place from library
+    # to library, which a position of 1000 turns into keys that are 1e-4 apart.
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim
+    angle = positions.float()[:, :, None, None] * (theta**-exponent).float()
     return angle.cos(), angle.sin()
 
 
