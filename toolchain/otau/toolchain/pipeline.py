@@ -80,7 +80,7 @@ STAGES = (
     Stage("intake", (), _intake_options),
     Stage("prefix_graph", ("intake",), _target_options),
     Stage("prefix_reference", ("intake",)),
-    Stage("prefix_gate", ("prefix_graph", "prefix_reference"), _target_options),
+    Stage("prefix_gate", ("prefix_graph", "prefix_reference"), _gate_options),
     Stage("decoder_reference", ("prefix_reference",), lambda c: c.num_steps),
     Stage("fold", ("decoder_reference",)),
     Stage("decoder_graph", ("fold",), _decoder_options),

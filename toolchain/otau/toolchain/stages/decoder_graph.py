@@ -25,7 +25,6 @@ from otau.training.policies.weights import StoredTensor, Weights
 __all__ = ["run"]
 
 
-
 def run(c: Compilation, folder: Path) -> None:
     """Leave `decoder.onnx` and `decoder_step.onnx`, which share their weights in one file."""
     policy = c.checkpoint.empty

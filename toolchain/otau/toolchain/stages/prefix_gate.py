@@ -11,13 +11,11 @@ from safetensors.numpy import load_file, save_file
 from otau.runtime.engines import engine_class
 from otau.toolchain.compilation import LAYERS, Compilation
 from otau.toolchain.gate.answer_file import read_prefix_reference
-from otau.toolchain.gate.answers import NoiseFloor, PrefixAnswer, Reference
-from otau.toolchain.gate.metrics import relative_rms
+from otau.toolchain.gate.answers import PrefixAnswer
 from otau.toolchain.gate.prefix import gate_prefix
-from otau.toolchain.gate.probes import CONTROL_PROBE
 from otau.toolchain.gate.reference import ProbeFactsFromPolicy
 from otau.toolchain.stages.prefix_reference import REFERENCE
-from otau.toolchain.thresholds import FP32, NOISE_FLOORS, GateLimit
+from otau.toolchain.thresholds import prefix_limit
 
 __all__ = ["read_caches", "run"]
 
@@ -27,22 +25,10 @@ _CACHES = "caches.safetensors"
 def run(c: Compilation, folder: Path) -> None:
     """Leave the compiled caches, and each layer's errors."""
     facts = ProbeFactsFromPolicy(c.checkpoint.empty)
-    half = read_prefix_reference(c.folder("prefix_reference") / REFERENCE, facts)
-    sound = half.caches[CONTROL_PROBE]
-    v = sound.mask
-    floor = NoiseFloor(
-        keys=tuple(relative_rms(b[v], f[v]) for b, f in zip(half.rounded.keys, sound.keys, strict=True)),
-        values=tuple(
-            relative_rms(b[v], f[v]) for b, f in zip(half.rounded.values, sound.values, strict=True)
-        ),
-        actions=0.0,
-        seed_spread=0.0,
-    )
-    reference = Reference(facts, half.probes, half.caches, {}, {}, floor)
-    limit = FP32.prefix if c.precision == "fp32" else GateLimit(NOISE_FLOORS, 10.0 if c.allow else 1.0)
+    reference = read_prefix_reference(c.folder("prefix_reference") / REFERENCE, facts)
     kind = engine_class(c.target.engine)
     with kind.open(c.folder("prefix_graph") / "prefix.onnx", target=c.target.name) as engine:
-        verdict = gate_prefix(engine, reference, limit)
+        verdict = gate_prefix(engine, reference, prefix_limit(c.precision, c.allow))
     c.record_gates(folder, [verdict.gate])
     (folder / LAYERS).write_bytes(msgspec.json.encode(verdict.layers))
     _write_caches(folder / _CACHES, verdict.caches)
