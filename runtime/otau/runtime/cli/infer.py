@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from otau.runtime.cli.options import RequireSignature
 from otau.runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def infer(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of noise and of made-up observations.")] = 0,
+    require_signature: RequireSignature = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Run a bundle on recorded or made-up observations.
@@ -63,6 +65,7 @@ def infer(
     """
     import numpy as np
 
+    from otau.runtime.bundle import Bundle
     from otau.runtime.policy import Policy
     from otau.runtime.recorded import check_writable, write_tensors
 
@@ -73,7 +76,8 @@ def infer(
         if inputs is not None and save.resolve() == inputs.resolve():
             raise UsageError("--save would overwrite --inputs", got=save, fix="save to another file")
     rng = np.random.default_rng(seed)
-    with Policy.open(bundle, norm_head=norm_head) as policy:
+    opened = Bundle.open(bundle, require_signature=require_signature)
+    with Policy.open(opened, norm_head=norm_head) as policy:
         recorded = _observations(policy, inputs, prompt, norm_head, rng)
         cache = policy.prefix_batch(recorded.batch)
         chunk = policy.decode_batch(

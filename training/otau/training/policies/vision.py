@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from transformers import SiglipVisionConfig, SiglipVisionModel
 
 __all__ = ["VisionDims", "VisionTower"]
 
@@ -39,6 +38,9 @@ class VisionTower(nn.Module):
     """SigLIP and the projector behind it."""
 
     def __init__(self, dims: VisionDims, width: int) -> None:
+        # Here, because it takes seconds, and reading a checkpoint needs none of it.
+        from transformers import SiglipVisionConfig, SiglipVisionModel
+
         super().__init__()
         config = SiglipVisionConfig(
             hidden_size=dims.hidden,
