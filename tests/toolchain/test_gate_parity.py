@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from otau.runtime.engines import Engine
 from otau.runtime.errors import GateError
 from otau.runtime.spec import GateResult
 from otau.toolchain.gate.answers import PrefixAnswer, Reference
@@ -46,18 +45,12 @@ pytestmark = pytest.mark.skipif(not GOLDEN.exists(), reason=f"no golden tensors 
 Outputs = dict[str, np.ndarray]
 
 
-class TorchEngine(Engine):
+class TorchEngine:
     """A program of the policy as an engine; stands for a compiled graph, whose outputs a test may change."""
-
-    provider = "torch"
 
     def __init__(self, run: Callable[[Mapping[str, torch.Tensor]], Outputs], model: str) -> None:
         self.model = Path(model)
         self.function = run
-
-    @classmethod
-    def open(cls, model: Path, *, target: str = "cpu", threads: int | None = None) -> TorchEngine:
-        raise NotImplementedError
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> Outputs:
         with torch.no_grad():
@@ -74,12 +67,6 @@ class TorchEngine(Engine):
             return {name: output.copy() for name, output in answers[key].items()}
 
         return TorchEngine(run, str(self.model))
-
-    def _run(self, inputs: object) -> dict:
-        raise NotImplementedError
-
-    def close(self) -> None:
-        pass
 
 
 def change(engine: TorchEngine, name: str, edit: Callable[[np.ndarray], np.ndarray]) -> TorchEngine:
