@@ -31,7 +31,7 @@ from otau.training.tokenizer import train_tokenizer
 
 __all__ = ["SIZES", "Size", "random_config", "write_random_checkpoint"]
 
-WEIGHTS_FILE = "model.safetensors"
+_WEIGHTS_FILE = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,8 @@ def write_random_checkpoint(out: Path, policy: str, size: str, seed: int = 0) ->
         ) from None
     try:
         tensors = _weights(module, sizes, seed)
-        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        (folder / WEIGHTS_FILE).chmod(0o644)
+        save_file(tensors, folder / _WEIGHTS_FILE, metadata={"format": "pt"})
+        (folder / _WEIGHTS_FILE).chmod(0o644)
         _write_json(folder / "train_config.json", {"policy": msgspec.to_builtins(config), "seed": seed})
         _write_json(folder / "training_step.json", {"step": 0})
         _write_json(folder / DIMS_FILE, msgspec.to_builtins(_head_dims(sizes.dims)))
@@ -148,7 +148,7 @@ def write_random_checkpoint(out: Path, policy: str, size: str, seed: int = 0) ->
         "policy": policy,
         "size": size,
         "parameters": sum(parameter.numel() for parameter in module.parameters()),
-        "bytes": (out / WEIGHTS_FILE).stat().st_size,
+        "bytes": (out / _WEIGHTS_FILE).stat().st_size,
         "dtype": str(sizes.dtype).removeprefix("torch."),
         "tokenizer": sizes.tokenizer,
         "seed": seed,

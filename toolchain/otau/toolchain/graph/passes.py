@@ -32,7 +32,7 @@ PASS_LIMIT = 1e-6
 STORE_LIMIT = 0.1
 """The same for `StoreWeightsAs`, which rounds on purpose; the bundle's gates judge by how much."""
 
-Answer = Callable[[ir.Model], Mapping[str, np.ndarray]]
+_Answer = Callable[[ir.Model], Mapping[str, np.ndarray]]
 """Runs a graph on a probe; gives what must not change, by name."""
 
 
@@ -75,7 +75,7 @@ def run_passes(
     model: ir.Model,
     twin: ir.Model,
     passes: Sequence[ir.passes.InPlacePass],
-    answer: Answer,
+    answer: _Answer,
     where: str = "graph",
 ) -> list[PassReport]:
     """Run passes on a graph and on its twin, in place, and check each.

@@ -9,7 +9,7 @@ from otau.toolchain.html.elements import Markup, svg, tag
 from otau.toolchain.html.numbers import error_text, is_finite
 from otau.toolchain.html.scales import LinearScale
 
-__all__ = ["heat_map", "level", "level_edges"]
+__all__ = ["NOT_FINITE", "OVER", "ZERO", "heat_map", "level", "level_edges"]
 
 _MOST_COLUMNS = 250
 _LEFT, _TOP, _PLOT = 46.0, 20.0, 660.0

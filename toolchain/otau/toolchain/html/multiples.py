@@ -14,7 +14,7 @@ _WIDTH, _HEIGHT = 190.0, 92.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48.0, 6.0, 6.0, 20.0
 _MOST_STEPS = 300
 
-Line = Sequence["float | None"]
+_Line = Sequence["float | None"]
 """An action dimension over the steps of a chunk (T,), normalised; None is not finite."""
 
 
@@ -22,14 +22,14 @@ def _difference(a: float | None, b: float | None) -> float:
     return abs(a - b) if is_finite(a) and is_finite(b) else float("inf")
 
 
-def largest_difference(reference: Line, compiled: Line) -> tuple[float, int]:
+def largest_difference(reference: _Line, compiled: _Line) -> tuple[float, int]:
     """The largest difference of two lines (T,), infinite where a value is not finite, and its step."""
     differences = [_difference(a, b) for a, b in zip(reference, compiled, strict=True)]
     largest = max(differences)
     return largest, differences.index(largest)
 
 
-def shown_steps(reference: Line, compiled: Line) -> list[int]:
+def shown_steps(reference: _Line, compiled: _Line) -> list[int]:
     """The steps that are drawn: all, or the extremes of each group, of both lines and of their difference."""
     steps = len(reference)
     if steps <= _MOST_STEPS:
@@ -45,7 +45,7 @@ def shown_steps(reference: Line, compiled: Line) -> list[int]:
     return sorted(kept)
 
 
-def _path(line: Line, steps: list[int], x: LinearScale, y: LinearScale) -> str:
+def _path(line: _Line, steps: list[int], x: LinearScale, y: LinearScale) -> str:
     drawn, pen = [], "M"
     for step in steps:
         value = line[step]
@@ -56,7 +56,7 @@ def _path(line: Line, steps: list[int], x: LinearScale, y: LinearScale) -> str:
     return "".join(drawn)
 
 
-def _plot(dim: int, reference: Line, compiled: Line) -> Markup:
+def _plot(dim: int, reference: _Line, compiled: _Line) -> Markup:
     values = [value for line in (reference, compiled) for value in line if is_finite(value)] or [0.0]
     low, high = min(values), max(values)
     x = LinearScale(0, len(reference) - 1, _LEFT, _WIDTH - _RIGHT)
@@ -81,7 +81,7 @@ def _plot(dim: int, reference: Line, compiled: Line) -> Markup:
     return tag("figure", picture, tag("figcaption", caption))
 
 
-def chunk_multiples(reference: Sequence[Line], compiled: Sequence[Line]) -> Markup:
+def chunk_multiples(reference: Sequence[_Line], compiled: Sequence[_Line]) -> Markup:
     """Two action chunks (T, A) as A plots: PyTorch a broad band, compiled a thin line on it.
 
     Raises:

@@ -43,14 +43,14 @@ from otau.training.policies.config import Feature, PolicyConfig, check_config
 
 __all__ = ["is_lerobot", "open_lerobot"]
 
-TRAINING_FILE = "train_config.json"
+_TRAINING_FILE = "train_config.json"
 _PROMPT = "Task: {task}, State: {state};\nAction: "
 _EARLY, _WITH_MULTIPLES, _LATEST = (0, 4, 0), (0, 4, 3), (0, 5, 0)
 """The releases from which on something is done differently."""
 _BUFFERS = ("normalize_inputs.", "normalize_targets.", "unnormalize_outputs.")
 
 
-class LeRobotFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class _LeRobotFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`otau.json` beside a LeRobot checkpoint."""
 
     lerobot_version: str | None = None
@@ -177,7 +177,7 @@ def _processed(
 
 def _generation(theirs: LeRobotConfig, folder: Path) -> tuple[int, int, int]:
     """The first release that acts as the one that the policy was trained with."""
-    facts = read_side_file(folder, LeRobotFacts)
+    facts = read_side_file(folder, _LeRobotFacts)
     if facts is not None and facts.lerobot_version is not None:
         found = re.match(r"(\d{1,4})\.(\d{1,4})\.(\d{1,4})(\D|$)", facts.lerobot_version)
         release = tuple(map(int, found.groups()[:3])) if found else (0, 0, 0)
@@ -193,8 +193,8 @@ def _generation(theirs: LeRobotConfig, folder: Path) -> tuple[int, int, int]:
         return _LATEST
     if theirs.freeze_vision_encoder is None:
         return _EARLY
-    if (folder / TRAINING_FILE).is_file():
-        return _LATEST if "cudnn_deterministic" in read_json(folder / TRAINING_FILE) else _WITH_MULTIPLES
+    if (folder / _TRAINING_FILE).is_file():
+        return _LATEST if "cudnn_deterministic" in read_json(folder / _TRAINING_FILE) else _WITH_MULTIPLES
     dim = _state(theirs).shape[0]
     differences = []
     if theirs.type == "pi05" and dim < theirs.max_state_dim:
@@ -208,7 +208,7 @@ def _generation(theirs: LeRobotConfig, folder: Path) -> tuple[int, int, int]:
             "LeRobot 0.4 and 0.5 would act differently with this checkpoint, and it does not say which it is",
             where=folder,
             got="; ".join(differences),
-            expected=f"{TRAINING_FILE} beside it, or {SIDE_FILE}",
+            expected=f"{_TRAINING_FILE} beside it, or {SIDE_FILE}",
             fix=f'state the release it was trained with in {SIDE_FILE}: {{"lerobot_version": "0.4.4"}}',
         )
     return _LATEST

@@ -52,16 +52,16 @@ class Record:
     elements: list[Any] = field(default_factory=list)
 
 
-Builder = Callable[[tuple[Any, ...]], Any]
+_Builder = Callable[[tuple[Any, ...]], Any]
 """Makes an object from a call's arguments; ValueError where they are not right."""
 
 
 def read_pickle(
     stream: BinaryIO,
     where: Path,
-    builders: Mapping[str, Builder],
+    builders: Mapping[str, _Builder],
     is_inert: Callable[[str], bool],
-    persistent: Builder | None = None,
+    persistent: _Builder | None = None,
 ) -> Any:
     """Read one pickle from a stream, up to its end mark.
 
@@ -88,9 +88,9 @@ class _Interpreter:
         self,
         stream: BinaryIO,
         where: Path,
-        builders: Mapping[str, Builder],
+        builders: Mapping[str, _Builder],
         is_inert: Callable[[str], bool],
-        persistent: Builder | None,
+        persistent: _Builder | None,
     ) -> None:
         self.stream, self.where = stream, where
         self.builders, self.is_inert, self.persistent = builders, is_inert, persistent

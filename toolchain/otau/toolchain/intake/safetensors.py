@@ -19,6 +19,7 @@ from otau.toolchain.intake.opened import OpenedCheckpoint
 from otau.training.policies.weights import StoredTensor
 
 __all__ = [
+    "DTYPES",
     "INDEX_FILE",
     "WEIGHTS_FILE",
     "inside",

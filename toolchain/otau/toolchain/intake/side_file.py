@@ -17,7 +17,7 @@ SIDE_FILE = "otau.json"
 
 _MAX_BYTES = 16 << 20
 
-Record = TypeVar("Record", bound=msgspec.Struct)
+_Record = TypeVar("_Record", bound=msgspec.Struct)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return document
 
 
-def read_side_file(folder: Path, kind: type[Record]) -> Record | None:
+def read_side_file(folder: Path, kind: type[_Record]) -> _Record | None:
     """`otau.json` of a checkpoint folder, or None where there is none.
 
     Args:

@@ -34,7 +34,7 @@ OPTIMIZER_FILE = re.compile(r"(?:[a-z0-9]+_)?zero_pp_rank_(\d{1,6})_mp_rank_(\d{
 _MODEL_FILE = re.compile(r"(?:[a-z0-9]+_)?(?:zero_pp_rank_(\d{1,6})_)?mp_rank_(\d{1,6})_model_states\.pt")
 _GROUPS = {1: "single_partition_of_fp32_groups", 2: "single_partition_of_fp32_groups", 3: "fp32_flat_groups"}
 
-Shapes = Mapping[str, tuple[int, ...]]
+_Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class ModelStates:
     path: Path
     module: Mapping[str, TorchTensor]
     buffers: tuple[str, ...]
-    groups: tuple[Shapes, ...]
-    frozen: Shapes
+    groups: tuple[_Shapes, ...]
+    frozen: _Shapes
     fragments: Mapping[str, TorchTensor]
     shared: Mapping[str, str]
     version: str | None
@@ -195,7 +195,7 @@ def _mapping(value: Any, path: Path, what: str) -> dict[str, Any]:
     return value
 
 
-def _shapes(value: Any, path: Path, what: str) -> Shapes:
+def _shapes(value: Any, path: Path, what: str) -> _Shapes:
     shapes = _mapping(value, path, what)
     try:
         return {name: check_shape(shape) for name, shape in shapes.items()}
