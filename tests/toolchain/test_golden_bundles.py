@@ -15,7 +15,7 @@ from otau.runtime import Policy
 from otau.runtime.engines import engine_class
 from otau.runtime.recorded import read_recorded
 from otau.toolchain.compilation import Compilation
-from otau.toolchain.gate.parity import relative_error
+from otau.toolchain.gate.metrics import relative_error
 from otau.toolchain.graph.export import decoder_inputs, prefix_inputs
 from otau.toolchain.graph.programs import Prefix
 from otau.toolchain.intake import load_checkpoint

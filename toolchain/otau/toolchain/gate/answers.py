@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from otau.toolchain.gate.metrics import relative_rms
-from otau.toolchain.gate.probes import CONTROL_PROBE, Probe, ProbeFacts
+from otau.toolchain.gate.probes import Probe, ProbeFacts
 
 __all__ = ["CONTROLS", "CacheFloor", "NoiseFloor", "PrefixAnswer", "PrefixReference", "Reference"]
 
@@ -80,11 +80,6 @@ class PrefixReference:
             return tuple(max(floors) for floors in zip(*by_probe, strict=True))
 
         return CacheFloor(keys=layers(lambda cache: cache.keys), values=layers(lambda cache: cache.values))
-
-    @property
-    def rounded(self) -> PrefixAnswer:  # TEMPORARY, for stages/prefix_gate.py, which is to take `floor`
-        """The control probe's served cache."""
-        return self.served[CONTROL_PROBE]
 
     def probe(self, name: str) -> Probe:
         """The probe of that name."""

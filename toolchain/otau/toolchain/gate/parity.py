@@ -7,23 +7,22 @@ from typing import TypeVar
 
 from otau.runtime.errors import GateError
 from otau.runtime.spec import GateResult
-from otau.toolchain.gate.metrics import relative_error
 from otau.toolchain.thresholds import MAX_RELATIVE
 
-__all__ = ["LARGEST", "judge", "refuse_failed", "relative_error"]
+__all__ = ["LARGEST", "judge", "refuse_failed"]
 
 LARGEST = 1e30
 """What stands for an infinite error, since JSON has none."""
 
-Answers = TypeVar("Answers")
+_Answers = TypeVar("_Answers")
 
 
 def judge(
     name: str,
     limit: float,
-    measure: Callable[[Answers], float],
-    sound: Answers,
-    broken: Answers,
+    measure: Callable[[_Answers], float],
+    sound: _Answers,
+    broken: _Answers,
     metric: str = MAX_RELATIVE,
 ) -> GateResult:
     """Measure a gate against the sound answers, and against those of a damaged policy, where it must fail.
