@@ -82,7 +82,7 @@ def run_passes(
 
     Args:
         model: The graph; none of its weights is read.
-        twin: The same program of a narrow policy.
+        twin: The same program of a narrow policy; of a small one, the graph itself.
         passes: In order.
         answer: Runs the twin on a probe.
         where: Name of the graph, for messages.
@@ -107,7 +107,8 @@ def run_passes(
         nodes, size = count_nodes(model), weight_bytes(model)
         try:
             modified = step(model).modified
-            modified = step(twin).modified or modified
+            if twin is not model:
+                modified = step(twin).modified or modified
         except ir.passes.InvariantError as error:
             raise refuse("failed its own check", got=error) from error
         given, wanted = _operators(model), _operators(twin)

@@ -15,10 +15,16 @@ from otau.toolchain.graph.passes import run_passes
 from otau.toolchain.graph.programs import DenoiseStep
 from otau.toolchain.graph.save import save_graphs
 from otau.toolchain.graph.simplify import FoldWeightExpressions, RemoveUnused, count_nodes
-from otau.toolchain.graph.twin import decoder_answer, narrow_twin
+from otau.toolchain.graph.twin import decoder_answer
 from otau.toolchain.intake.safetensors import read_safetensors
 from otau.toolchain.stages.fold import TABLES
-from otau.toolchain.stages.graphs import GraphReportFromModel, check_graphs, target_passes
+from otau.toolchain.stages.graphs import (
+    GraphReportFromModel,
+    check_graphs,
+    is_own_twin,
+    target_passes,
+    twin_of,
+)
 from otau.training.policies import FlowPolicy
 from otau.training.policies.weights import StoredTensor, Weights
 
@@ -27,18 +33,22 @@ __all__ = ["run"]
 
 def run(c: Compilation, folder: Path) -> None:
     """Leave `decoder.onnx` and `decoder_step.onnx`, which share their weights in one file."""
-    policy = c.checkpoint.empty
-    twin = narrow_twin(policy)
+    policy, twin = c.checkpoint.empty, twin_of(c)
     tables = read_safetensors(c.folder("fold") / TABLES)
     step = DecoderStepFromPolicy(policy, c.checkpoint.weights, tables, c.steps)
-    twin_step = DecoderStepFromPolicy(twin, weights_of(twin), _twin_tables(twin, c.steps), c.steps)
+    twin_step = (
+        step
+        if is_own_twin(c)
+        else DecoderStepFromPolicy(twin, weights_of(twin), _twin_tables(twin, c.steps), c.steps)
+    )
     probe = make_probes(ProbeFactsFromPolicy(twin))[0]
     answer = decoder_answer(twin, probe.decoder, c.steps)
 
     exported = count_nodes(step)
     passes = run_passes(step, twin_step, target_passes(c, "decoder"), answer, "decoder step")
     # The copies share their tensors, and so the file of weights.
-    decoder, twin_decoder = step.clone(), twin_step.clone()
+    decoder = step.clone()
+    twin_decoder = decoder if is_own_twin(c) else twin_step.clone()
     more = run_passes(decoder, twin_decoder, _repetition(c), answer, "decoder")
 
     models = {"decoder": decoder, "decoder_step": step}

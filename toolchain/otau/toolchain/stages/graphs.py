@@ -11,12 +11,27 @@ import onnx_ir as ir
 
 from otau.toolchain.compilation import Compilation, GraphReport
 from otau.toolchain.graph.passes import PassReport, graph_passes
+from otau.toolchain.graph.twin import narrow_twin
 from otau.toolchain.graph.weights import weight_bytes
 from otau.toolchain.manifest import GraphSpecFromModel
+from otau.training.policies import FlowPolicy
 
-__all__ = ["GraphReportFromModel", "check_graphs", "target_passes"]
+__all__ = ["GraphReportFromModel", "check_graphs", "is_own_twin", "target_passes", "twin_of"]
+
+_OWN_TWIN = 100_000_000
+"""Up to this many parameters a policy is its own twin."""
 
 _STORED = {"fp32": None, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+
+
+def is_own_twin(c: Compilation) -> bool:
+    """Whether the passes run on the policy itself: small enough to run after each."""
+    return sum(tensor.numel for tensor in c.checkpoint.weights.values()) <= _OWN_TWIN
+
+
+def twin_of(c: Compilation) -> FlowPolicy:
+    """The policy that the passes are proved on."""
+    return c.checkpoint.load() if is_own_twin(c) else narrow_twin(c.checkpoint.empty)
 
 
 def target_passes(c: Compilation, graph: str) -> tuple[ir.passes.InPlacePass, ...]:
