@@ -73,6 +73,11 @@ def test_nothing_is_made_twice(recompile: New, source: Path, tmp_path: Path) -> 
     assert not elsewhere.up_to_date
     Bundle.open(elsewhere.destination)
 
+    # A stray file, with which the bundle would be refused, is no part of it.
+    (elsewhere.destination / "notes.txt").write_text("stray")
+    assert not recompile("elsewhere").up_to_date
+    Bundle.open(elsewhere.destination)
+
     # A changed file of the bundle is mended.
     (elsewhere.destination / "README.md").write_text("changed")
     mended = recompile("elsewhere")
@@ -199,3 +204,66 @@ def test_the_verb_shows_and_prunes(tmp_path: Path) -> None:
     wrong = subprocess.run([OTAU, "cache", "--older-than", "7"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 2
     assert "--prune" in wrong.stderr
+
+
+def keys(new_compilation: New, source: Path, cache: Path, **options: object) -> dict[str, str]:
+    return pipeline.stage_keys(new_compilation(source, source.parent / "bundle", cache=cache, **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "first"),
+    [
+        ({"precision": "bf16"}, "prefix_graph"),
+        ({"num_steps": 3}, "decoder_reference"),
+        ({"decoder": "unrolled"}, "decoder_graph"),
+        ({"allow": "seed"}, "prefix_gate"),
+        ({"overrides": {"norm_head": "0"}}, "intake"),
+        ({"overrides": {"action_dims": 3}}, "intake"),
+    ],
+)
+def test_each_option_changes_the_keys_from_its_stage_on(
+    new_compilation: New, source: Path, tmp_path: Path, options: dict, first: str
+) -> None:
+    before = keys(new_compilation, source, tmp_path / "cache")
+    after = keys(new_compilation, source, tmp_path / "cache", **options)
+    assert next(name for name in before if before[name] != after[name]) == first
+    assert before["decoder_gate"] != after["decoder_gate"]
+
+
+def test_a_large_tokenizer_counts(new_compilation: New, source: Path, tmp_path: Path) -> None:
+    """PaliGemma's has more than 16 MiB, and another one is another bundle."""
+    before = keys(new_compilation, source, tmp_path / "cache")
+    path = source / "tokenizer.json"
+    path.write_text(path.read_text() + " " * (17 << 20))
+    large = keys(new_compilation, source, tmp_path / "cache")
+    path.write_text(path.read_text() + " ")
+    other = keys(new_compilation, source, tmp_path / "cache")
+    assert len({before["intake"], large["intake"], other["intake"]}) == 3
+
+
+def test_a_bundle_in_the_checkpoints_folder_is_no_part_of_it(
+    new_compilation: New, source: Path, tmp_path: Path
+) -> None:
+    before = keys(new_compilation, source, tmp_path / "cache")
+    (source / "bundle").mkdir()
+    (source / "bundle" / "manifest.json").write_text("{}")
+    assert keys(new_compilation, source, tmp_path / "cache") == before
+
+
+def test_what_a_killed_compilation_left_is_shown_and_pruned(tmp_path: Path) -> None:
+    draft = tmp_path / "stages" / ".prefix_graph.abc"
+    draft.mkdir(parents=True)
+    (draft / "prefix.onnx.data").write_bytes(b"x" * 1000)
+    command = [OTAU, "cache", "--cache", tmp_path, "--json"]
+    shown = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    assert [entry["bytes"] for entry in shown["entries"]] == [1000]
+    subprocess.run([*command, "--prune"], capture_output=True, check=True)
+    assert not draft.exists()
+
+
+def test_a_pipe_in_the_cache_does_not_hang(tmp_path: Path) -> None:
+    cache = CompileCache(tmp_path)
+    folder = cache.folder("stage", "ab" * 32)
+    folder.mkdir(parents=True)
+    os.mkfifo(folder / "entry.json")
+    assert cache.find("stage", "ab" * 32) is None

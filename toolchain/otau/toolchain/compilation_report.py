@@ -19,6 +19,7 @@ def compilation_report(c: Compilation) -> dict[str, Any]:
         "target": c.target.name,
         "precision": c.precision,
         "decoder": c.decoder,
+        "allow": c.allow,
         "up_to_date": c.up_to_date,
         "stages": [
             {
@@ -60,7 +61,9 @@ def compilation_report(c: Compilation) -> dict[str, Any]:
     if "decoder_gate" in c.runs:
         actions = c.document("decoder_gate", ACTIONS)
         document["noise_floor"] = actions["noise_floor"]
-        document["action_error"] = {"steps_by_dims": actions["error"], "limit": actions["limit"]}
+        # The limit of a lower precision is on another measure, the relative RMS.
+        limit = actions["limit"] if c.precision == "fp32" else None
+        document["action_error"] = {"steps_by_dims": actions["error"], "limit": limit}
         document["chunk"] = {
             "probe": "full",
             "reference": actions["reference"],

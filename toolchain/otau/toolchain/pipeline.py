@@ -21,12 +21,12 @@ from pathlib import Path
 
 import otau
 from otau.runtime.bundle_writer import BundleWriter
-from otau.runtime.errors import OtauError
+from otau.runtime.errors import OtauError, UsageError
 from otau.runtime.spec import Manifest
 from otau.toolchain.cache.sources import digest, folder_digest
 from otau.toolchain.compilation import Compilation, StageRun
 from otau.toolchain.memory import peak_rss_mb, reset_peak_rss
-from otau.toolchain.tokenizer import has_tokenizer
+from otau.toolchain.tokenizer import TOKENIZER_FILES, has_tokenizer
 
 __all__ = ["PACKAGES", "STAGES", "Stage", "compile_bundle", "package_versions", "stage_keys"]
 
@@ -56,12 +56,21 @@ def _intake_options(c: Compilation) -> object:
 
         return open_checkpoint(c.source).files
 
-    tokenizer = c.tokenizer or (c.source if has_tokenizer(c.source) else None)
-    return [
-        folder_digest(c.cache, c.source, weights),
-        None if tokenizer is None else folder_digest(c.cache, tokenizer, tuple),
-        dict(c.overrides),
-    ]
+    source = folder_digest(c.cache, c.source, weights)
+    folder = c.tokenizer or c.source
+    if c.tokenizer is not None and not has_tokenizer(folder):
+        raise UsageError(
+            "this folder holds no tokenizer",
+            where=f"--tokenizer {folder}",
+            expected=" or ".join(TOKENIZER_FILES),
+            fix="give the folder of the PaliGemma tokenizer, or leave --tokenizer out to feed token ids",
+        )
+    tokenizer = {
+        path.name: c.cache.hashes.sha256(path)
+        for path in (folder / name for name in (*TOKENIZER_FILES, "tokenizer_config.json"))
+        if path.is_file()
+    }
+    return [source, tokenizer, dict(c.overrides)]
 
 
 def _target_options(c: Compilation) -> object:
@@ -166,6 +175,6 @@ def _code() -> str:
     parts = ("runtime", "toolchain", "training")
     roots = [root for path in otau.__path__ for part in parts if (root := Path(path, part)).is_dir()]
     for root in roots:
-        for path in sorted(root.rglob("*.py")):
+        for path in sorted([*root.rglob("*.py"), *root.rglob("*.css")]):
             hashed.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return hashed.hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,7 +60,8 @@ def cache(
 
 
 def _show(found: Any) -> dict[str, Any]:
-    return {"cache": str(found.root), "entries": [_describe(*pair) for pair in found.entries()]}
+    pairs = [*found.entries(), *((draft, None) for draft in found.drafts())]
+    return {"cache": str(found.root), "entries": [_describe(*pair) for pair in pairs]}
 
 
 def _prune(found: Any, days: float) -> dict[str, Any]:
@@ -71,13 +73,18 @@ def _prune(found: Any, days: float) -> dict[str, Any]:
             if entry is None or entry.created <= time.time() - days * _DAY_S:
                 removed.append(_describe(path, entry))
                 found.remove(path)
+        # Nobody works in them: the cache is held alone.
+        for draft in found.drafts():
+            removed.append(_describe(draft, None))
+            found.remove(draft)
         found.forget()
-    return {"cache": str(found.root), "removed": removed, **{"entries": _show(found)["entries"]}}
+    return {**_show(found), "removed": removed}
 
 
 def _describe(path: Path, entry: Any) -> dict[str, Any]:
     if entry is None:
-        return {"name": path.name, "stage": None, "bytes": None, "created": None, "seconds": None}
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        return {"name": path.name, "stage": None, "bytes": size, "created": None, "seconds": None}
     return {
         "name": path.name,
         "stage": entry.stage,
@@ -95,11 +102,11 @@ def _print(document: dict[str, Any]) -> None:
     shown = document.get("removed", document["entries"])
     table = Table("removed" if "removed" in document else "stage", "size", "made", "took")
     for entry in shown:
-        if entry["stage"] is None:
-            table.add_row(f"{entry['name']} (damaged)", "", "", "")
-            continue
-        made = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry["created"]))
         size = f"{entry['bytes'] / 1e6:,.1f} MB"
+        if entry["stage"] is None:
+            table.add_row(f"{entry['name']} (unfinished or damaged)", size, "", "")
+            continue
+        made = datetime.fromtimestamp(entry["created"]).strftime("%Y-%m-%d %H:%M")
         table.add_row(entry["stage"], size, made, f"{entry['seconds']:,.1f} s")
     if shown:
         console.print(table)

@@ -27,7 +27,8 @@ class RememberedHashes:
         """SHA-256 of a file in hex; read only if it is not known or was touched."""
         state = _state(path)
         with suppress(OSError, ValueError):
-            known, digest = self._note(path).read_text(encoding="ascii").split("\n")
+            note = self._note(path)
+            known, digest = note.read_text(encoding="ascii").split("\n") if note.is_file() else ("", "")
             if known == state and len(digest) == 64:
                 return digest
         digest = file_sha256(path)

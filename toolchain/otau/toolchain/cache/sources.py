@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from otau.runtime.errors import UsageError
+from otau.runtime.manifest import MANIFEST_NAME
 from otau.toolchain.cache.store import CompileCache
 
 __all__ = ["digest", "folder_digest"]
@@ -27,18 +28,18 @@ def digest(document: object) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
-def folder_digest(cache: CompileCache, folder: Path, weights: Callable[[], Iterable[Path]]) -> str:
+def folder_digest(cache: CompileCache, folder: Path, named: Callable[[], Iterable[Path]]) -> str:
     """The hash of a checkpoint folder.
 
     Args:
         cache: Remembers hashes.
         folder: The checkpoint.
-        weights: The files that the weights come from; asked only if the folder was touched. Of the other
-            files the small ones count, which hold configuration, statistics and tokenizer.
+        named: The files that count whatever their size, those of the weights; asked only if the folder was
+            touched. Of the others the small ones count, which hold configuration and statistics.
 
     Raises:
         UsageError: There is no such folder, or it cannot be a checkpoint.
-        OtauError: Whatever `weights` raises.
+        OtauError: Whatever `named` raises.
     """
     if not folder.is_dir():
         raise UsageError("there is no such checkpoint folder", where=folder, fix="check the path")
@@ -46,10 +47,10 @@ def folder_digest(cache: CompileCache, folder: Path, weights: Callable[[], Itera
     state = digest([str(folder.resolve()), [(str(path), *_state(path)) for path in files]])
     note = cache.root / "sources" / state[:32]
     with suppress(OSError):
-        known = note.read_text(encoding="ascii")
+        known = note.read_text(encoding="ascii") if note.is_file() else ""
         if len(known) == 64:
             return known
-    read = {path.resolve() for path in weights()}
+    read = {path.resolve() for path in named()}
     read |= {path.resolve() for path in files if path.stat().st_size <= _SMALL_BYTES}
     root = folder.resolve()
     result = digest(sorted((os.path.relpath(path, root), cache.hashes.sha256(path)) for path in read))
@@ -64,7 +65,8 @@ def folder_digest(cache: CompileCache, folder: Path, weights: Callable[[], Itera
 def _files(folder: Path) -> Iterator[Path]:
     count = 0
     for parent, folders, names in os.walk(folder):
-        folders.sort()
+        # A bundle that was written into the checkpoint's folder is no part of it.
+        folders[:] = sorted(name for name in folders if not Path(parent, name, MANIFEST_NAME).is_file())
         for name in names:
             path = Path(parent, name)
             if path.is_file():

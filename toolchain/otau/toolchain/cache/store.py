@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
@@ -35,6 +36,7 @@ CACHE_VARIABLE = "OTAU_CACHE"
 _LOG = logging.getLogger(__name__)
 _ENTRY = "entry.json"
 _ABANDONED_AFTER_S = 24 * 3600
+_MAX_ENTRY_BYTES = 1 << 20
 
 
 class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -42,7 +44,7 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     stage: str
     key: str
-    created: float
+    created: Annotated[float, msgspec.Meta(ge=0, le=4e9)]
     """Seconds since the epoch."""
     seconds: float
     peak_rss_mb: float
@@ -79,7 +81,8 @@ class CompileCache:
     def find(self, stage: str, key: str) -> Entry | None:
         """The entry of a stage, or None where there is none; a damaged one is removed."""
         folder = self.folder(stage, key)
-        if not folder.is_dir():
+        if folder.is_symlink() or not folder.is_dir():
+            folder.unlink(missing_ok=True)
             return None
         damage = self._damage(folder, key)
         if damage:
@@ -121,11 +124,18 @@ class CompileCache:
 
     def remove(self, folder: Path) -> None:
         """Remove an entry; a bundle that was made from it keeps its files."""
-        shutil.rmtree(folder)
+        if folder.is_symlink():
+            folder.unlink()
+        else:
+            shutil.rmtree(folder)
+
+    def drafts(self) -> list[Path]:
+        """What killed compilations left behind, or running ones work in."""
+        return sorted(self._stages.glob(".*"))
 
     def sweep(self) -> None:
-        """Remove what killed compilations left behind."""
-        for draft in self._stages.glob(".*"):
+        """Remove drafts that nobody can be working in any more."""
+        for draft in self.drafts():
             with suppress(OSError):
                 if time.time() - draft.stat().st_mtime > _ABANDONED_AFTER_S:
                     shutil.rmtree(draft)
@@ -186,9 +196,12 @@ class CompileCache:
         entry = _read_entry(folder)
         if entry is None or entry.key != key:
             return f"{_ENTRY} cannot be read"
+        present = {path.relative_to(folder).as_posix() for path in folder.rglob("*")} - {_ENTRY}
+        if present != set(entry.files):
+            return f"its files are not those that {_ENTRY} lists"
         for name, spec in entry.files.items():
             path = folder / name
-            if not path.is_file() or path.stat().st_size != spec.bytes:
+            if path.is_symlink() or not path.is_file() or path.stat().st_size != spec.bytes:
                 return f"{name} is missing or has another size"
             if self.hashes.sha256(path) != spec.sha256:
                 return f"{name} was changed"
@@ -196,7 +209,11 @@ class CompileCache:
 
 
 def _read_entry(folder: Path) -> Entry | None:
+    path = folder / _ENTRY
     try:
-        return msgspec.json.decode((folder / _ENTRY).read_bytes(), type=Entry)
+        # A pipe in its place would never end.
+        if not path.is_file() or path.stat().st_size > _MAX_ENTRY_BYTES:
+            return None
+        return msgspec.json.decode(path.read_bytes(), type=Entry)
     except (OSError, msgspec.MsgspecError):
         return None

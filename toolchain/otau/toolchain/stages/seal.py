@@ -10,9 +10,11 @@ from pathlib import Path
 
 import msgspec
 
+from otau.runtime.bundle_files import refuse_unlisted
 from otau.runtime.bundle_writer import BundleWriter
 from otau.runtime.errors import OtauError
 from otau.runtime.manifest import MANIFEST_NAME, decode_manifest
+from otau.runtime.signature import SIGNATURE_NAME
 from otau.runtime.spec import Manifest
 from otau.toolchain.compilation import Compilation
 from otau.toolchain.compilation_report import compilation_report
@@ -68,11 +70,12 @@ def seal(c: Compilation, key: str) -> None:
 def _current_manifest(c: Compilation, note: Path) -> Manifest | None:
     """The manifest at the destination, if it is that of this compilation and every file is as it says."""
     try:
-        fingerprint = note.read_text(encoding="ascii")
+        fingerprint = note.read_text(encoding="ascii") if note.is_file() else ""
         where = c.destination / MANIFEST_NAME
         manifest = decode_manifest(where.read_bytes(), where)
         if manifest.fingerprint != fingerprint:
             return None
+        refuse_unlisted(c.destination, {MANIFEST_NAME, SIGNATURE_NAME, *manifest.files})
         for name, file in manifest.files.items():
             path = c.destination / name
             if path.stat().st_size != file.bytes or c.cache.hashes.sha256(path) != file.sha256:
