@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from otau.runtime.bundle_files import file_inside, read_inside, refuse_unlisted, verify_files
 from otau.runtime.errors import BundleError, MismatchError, UsageError, nearest_name
+from otau.runtime.external_data import refuse_unlisted_weights
 from otau.runtime.manifest import (
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
@@ -45,9 +46,10 @@ _CHECKPOINT_FILES = ("train_config.json", "config.json", "hf_config.json", "mode
 class Bundle:
     """An opened bundle, every file of which has been verified.
 
-    Files in the directory that the manifest does not list are refused, for a graph could name one of
-    them as its weights. Only below `engines/`, where caches may be built later, they may lie; they are
-    never opened. `signature.json` is not listed either: see `otau.runtime.signature`.
+    Files in the directory that the manifest does not list are refused. Only below `engines/`, where caches
+    may be built later, they may lie; they are never opened, and a graph that names one of them, or a file
+    outside of the bundle, as its weights is refused. `signature.json` is not listed either: see
+    `otau.runtime.signature`.
 
     Attributes:
         path: The bundle's directory.
@@ -79,7 +81,8 @@ class Bundle:
                 not by a required key.
             MissingDependencyError: A signature is required, and the extra `sign` is not installed.
             BundleError: The manifest or a listed file was changed, is missing, or lies outside; the
-                directory has a file that is not listed; or a required signature is missing or does not fit.
+                directory has a file that is not listed; a graph names one as its weights; or a required
+                signature is missing or does not fit.
         """
         return cls._verified(Path(path), read_requirements(require_signature))
 
@@ -106,6 +109,8 @@ class Bundle:
             raise BundleError(f"the bundle's manifest lists {SIGNATURE_NAME}, which signs it", where=where)
         verify_files(root, manifest.files)
         refuse_unlisted(root, {MANIFEST_NAME, SIGNATURE_NAME, *manifest.files})
+        for graph in manifest.graphs.values():
+            refuse_unlisted_weights(root, graph.file, manifest.files)
         return cls(root, manifest, signatures)
 
     def sign(self, key: SigningKey) -> Bundle:

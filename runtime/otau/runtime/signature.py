@@ -4,8 +4,9 @@
 nor the fingerprint, can be done long after compiling, and by several. Signed, with Ed25519, are the bytes
 `otau bundle signature v1`, a zero byte, and the SHA-256 of `manifest.json`. The first part keeps a signature
 from being taken for one of anything else that the key may sign. The manifest holds size and SHA-256 of every
-other file, and opening a bundle compares them and refuses files that are not listed; so the signature covers
-the whole bundle but for what lies below `engines/`, which is built later and not opened.
+other file, and opening a bundle compares them and refuses files that are not listed, also where a graph
+names one as its weights; so the signature covers the whole bundle but for what lies below `engines/`, which
+is built later and not opened.
 
 A signature says that a key's holder vouches for exactly this bundle. It does not say that the bundle is the
 newest one, and the key in the file proves nothing by itself: whoever opens the bundle must know the key.
