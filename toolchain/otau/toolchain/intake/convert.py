@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -20,14 +21,17 @@ import torch
 from otau.runtime.errors import CheckpointError, UsageError
 from otau.runtime.permissions import make_as_readable_as_others
 from otau.toolchain.intake import OpenedCheckpoint, open_checkpoint
-from otau.toolchain.intake.safetensors import INDEX_FILE, WEIGHTS_FILE, inside
+from otau.toolchain.intake.safetensors import INDEX_FILE, MAX_TENSORS, METADATA_FORMAT, WEIGHTS_FILE
 from otau.toolchain.intake.safetensors_writer import stored_as, write_safetensors
 from otau.toolchain.memory import peak_rss_mb
 from otau.toolchain.tokenizer import TOKENIZER_FILES
 from otau.training.policies.config import CONFIG_FILES
+from otau.training.policies.files import inside
 from otau.training.policies.keys import LM_HEAD
 from otau.training.policies.sizes import DIMS_FILE
 from otau.training.policies.weights import StoredTensor, Weights
+
+_LOG = logging.getLogger(__name__)
 
 __all__ = ["DTYPES", "convert_checkpoint", "parse_size"]
 
@@ -46,6 +50,9 @@ _COPIED = (
     "training_step.json",
 )
 """What belongs to a checkpoint beside its weights."""
+
+_METADATA = "__metadata__"
+"""The header's own entry of a safetensors file."""
 
 _MAX_COPIED_BYTES = 256 << 20
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -93,6 +100,13 @@ def convert_checkpoint(
     limit = parse_size(max_shard_size)
     opened = open_checkpoint(source)
     plan = _plan(opened.weights, DTYPES[dtype], limit)
+    _check_names(plan, source)
+    if opened.config is None and not any((opened.folder / name).is_file() for name in CONFIG_FILES):
+        _LOG.warning(
+            "%s has no configuration (%s): what is converted cannot be compiled until there is one beside it",
+            source,
+            ", ".join(CONFIG_FILES),
+        )
     with _new_folder(destination, plan.nbytes) as folder:
         _write_weights(folder, plan, on_tensor)
         _write_companions(folder, opened)
@@ -144,12 +158,34 @@ def _plan(weights: Weights, dtype: torch.dtype | None, limit: int) -> _Plan:
     return _Plan(tuple(shards), shared, total)
 
 
+def _check_names(plan: _Plan, source: Path) -> None:
+    """Refuse what a safetensors file could not hold, before anything is written."""
+    stored = [name for shard in plan.shards for name in shard]
+    if len(stored) > MAX_TENSORS:
+        raise CheckpointError(
+            "the checkpoint has more tensors than otau would read again",
+            where=source,
+            expected=f"at most {MAX_TENSORS:,}",
+            got=f"{len(stored):,}",
+        )
+    for name in (*stored, *plan.shared):
+        reserved = name == _METADATA or (name == METADATA_FORMAT and name in plan.shared)
+        if reserved or any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise CheckpointError(
+                "a tensor has a name that a safetensors file cannot hold",
+                where=source,
+                expected=f"Unicode text, and not {_METADATA}; for a shared tensor not {METADATA_FORMAT}",
+                got=ascii(name[:100]),
+                fix="rename it where the checkpoint was saved",
+            )
+
+
 def _write_weights(folder: Path, plan: _Plan, on_tensor: Callable[[int, int], None]) -> None:
     count, done = len(plan.shards), 0
     index: dict[str, str] = {}
     for number, tensors in enumerate(plan.shards, 1):
         name = WEIGHTS_FILE if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
-        metadata = {"format": "pt"} | {key: to for key, to in plan.shared.items() if to in tensors}
+        metadata = {METADATA_FORMAT: "pt"} | {key: to for key, to in plan.shared.items() if to in tensors}
         for nbytes in write_safetensors(folder / name, tensors, metadata):
             done += nbytes
             on_tensor(done, plan.nbytes)

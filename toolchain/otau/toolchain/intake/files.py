@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import os
-import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from otau.runtime.errors import CheckpointError
+from otau.training.policies.files import open_file
 from otau.training.policies.weights import StoredTensor
 
-__all__ = ["FileRead", "Piece", "damaged", "open_file", "read_exactly", "read_into"]
+__all__ = ["FileRead", "Piece", "check_numbers", "check_shape", "damaged", "read_exactly", "read_into"]
+
+_MAX_DIMS = 64
+_MAX_ELEMENTS = 1 << 48
 
 
 @dataclass(frozen=True)
@@ -71,29 +74,29 @@ class FileRead:
         return StoredTensor(self.shape, self.dtype, self)
 
 
-@contextmanager
-def open_file(path: Path) -> Iterator[int]:
-    """The handle of a plain file.
+def check_shape(sizes: Any) -> tuple[int, ...]:
+    """A shape from a file, if it is one.
 
     Raises:
-        CheckpointError: It cannot be opened, or is a device, a pipe or a directory.
+        ValueError: It is not a list of numbers, or so large that it overflows.
     """
-    try:
-        # A pipe that nobody writes to would otherwise block here.
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise CheckpointError(
-            "a file of the checkpoint cannot be read",
-            where=path,
-            got=error.strerror,
-            fix="check the file and its permissions, or copy the checkpoint again",
-        ) from None
-    try:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            damaged(path, "it is no plain file")
-        yield handle
-    finally:
-        os.close(handle)
+    shape = check_numbers(sizes)
+    if math.prod(max(size, 1) for size in shape) > _MAX_ELEMENTS:
+        raise ValueError("a shape beyond all bounds")
+    return shape
+
+
+def check_numbers(values: Any) -> tuple[int, ...]:
+    """A shape, stride or offset from a file, if it is one.
+
+    Raises:
+        ValueError: It is not a list of numbers, or has too many or too large ones.
+    """
+    if not isinstance(values, (tuple, list)) or len(values) > _MAX_DIMS:
+        raise ValueError("a shape, stride or offset that is no list of numbers")
+    if not all(type(value) is int and 0 <= value <= _MAX_ELEMENTS for value in values):
+        raise ValueError("a shape, stride or offset that is no number, or beyond all bounds")
+    return tuple(values)
 
 
 def read_into(handle: int, start: int, view: memoryview, where: Path) -> None:

@@ -40,6 +40,7 @@ from otau.toolchain.intake.safetensors import is_safetensors, open_safetensors
 from otau.toolchain.intake.side_file import SIDE_FILE, read_json, read_side_file
 from otau.toolchain.intake.statistics import statistics_weights
 from otau.training.policies.config import Feature, PolicyConfig, check_config
+from otau.training.policies.files import require_inside
 
 __all__ = ["is_lerobot", "open_lerobot"]
 
@@ -63,7 +64,7 @@ def is_lerobot(folder: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        config = read_json(path)
+        config = read_json(path.parent, CONFIG_FILE)
     except CheckpointError:
         return False
     features = {**_mapping(config.get("input_features")), **_mapping(config.get("output_features"))}
@@ -111,7 +112,7 @@ def open_lerobot(folder: Path) -> OpenedCheckpoint:
 def _home(folder: Path) -> Path:
     """The folder itself, or the policy's in a folder that LeRobot's training wrote."""
     inner = folder / "pretrained_model"
-    return inner if (inner / CONFIG_FILE).is_file() else folder
+    return require_inside(folder, inner) if (inner / CONFIG_FILE).is_file() else folder
 
 
 def _mapping(value: object) -> Mapping[str, object]:
@@ -194,7 +195,7 @@ def _generation(theirs: LeRobotConfig, folder: Path) -> tuple[int, int, int]:
     if theirs.freeze_vision_encoder is None:
         return _EARLY
     if (folder / _TRAINING_FILE).is_file():
-        return _LATEST if "cudnn_deterministic" in read_json(folder / _TRAINING_FILE) else _WITH_MULTIPLES
+        return _LATEST if "cudnn_deterministic" in read_json(folder, _TRAINING_FILE) else _WITH_MULTIPLES
     dim = _state(theirs).shape[0]
     differences = []
     if theirs.type == "pi05" and dim < theirs.max_state_dim:

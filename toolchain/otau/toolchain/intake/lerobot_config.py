@@ -5,19 +5,23 @@ Source: `configuration_pi0.py`, `configuration_pi05.py` and `configs/policies.py
 
 from __future__ import annotations
 
+import reprlib
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from otau.runtime.errors import CheckpointError, UsageError, nearest_name
 from otau.toolchain.intake.side_file import read_json
-from otau.training.policies.config import Feature
+from otau.training.policies.config import MAX_SIZE, Feature
 
 __all__ = ["CONFIG_FILE", "FAMILIES", "LeRobotConfig", "read_lerobot_config"]
 
 CONFIG_FILE = "config.json"
 FAMILIES = ("pi0", "pi05")
+
+
+_Size = Annotated[int, msgspec.Meta(ge=1, le=MAX_SIZE)]
 
 
 class LeRobotConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,8 +34,8 @@ class LeRobotConfig(msgspec.Struct, frozen=True, kw_only=True):
     n_obs_steps: int = 1
     chunk_size: int = 50
     n_action_steps: int = 50
-    max_state_dim: int = 32
-    max_action_dim: int = 32
+    max_state_dim: _Size = 32
+    max_action_dim: _Size = 32
     num_inference_steps: int = 10
     num_steps: int = 10
     """0.3's name of `num_inference_steps`."""
@@ -78,19 +82,19 @@ def read_lerobot_config(folder: Path) -> LeRobotConfig:
         CheckpointError: A setting is not valid, not known, or asks for what otau does not do.
     """
     path = folder / CONFIG_FILE
-    document = read_json(path)
+    document = read_json(folder, CONFIG_FILE)
     kind = document.get("type")
     if kind not in FAMILIES:
+        named = kind[:100] if isinstance(kind, str) else type(kind).__name__
         raise UsageError(
-            f"this is LeRobot's policy {kind!r}, which otau does not compile",
+            f"this is LeRobot's policy {named!r}, which otau does not compile",
             where=path,
             expected=" or ".join(FAMILIES),
-            got=kind,
-            fix=nearest_name(str(kind), FAMILIES),
+            fix=nearest_name(named, FAMILIES),
         )
     known = set(LeRobotConfig.__struct_fields__) | _NOT_ABOUT_ACTING
     unknown = [
-        f"{key} = {value!r}"
+        f"{key[:100]} = {reprlib.repr(value)}"
         for key, value in document.items()
         if value and key not in known and not key.startswith(_NOT_ABOUT_ACTING_PREFIXES)
     ]

@@ -12,15 +12,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 import numpy as np
 
 from otau.runtime.errors import CheckpointError
+from otau.runtime.manifest import MAXIMA
 from otau.runtime.spec import NormMode
-from otau.toolchain.intake.safetensors import inside, read_safetensors
+from otau.toolchain.intake.safetensors import read_safetensors
 from otau.toolchain.intake.side_file import read_json
 from otau.toolchain.intake.statistics import NAMES, above
+from otau.training.policies.files import inside
 from otau.training.policies.weights import Weights
 
 __all__ = [
@@ -48,9 +51,15 @@ _MODES: dict[str, tuple[NormMode, tuple[str, ...]]] = {
 }
 """LeRobot's mode -> OpenTau's and the names of its statistics; the formulas of both quantiles are one."""
 
+_STATISTICS = {name for _, names in _MODES.values() for name in names}
+_MAX_STATISTICS = max(MAXIMA["state.max_dim"], MAXIMA["action.max_dim"])
+
 _TEXT_STEP = {"pi0": "pi0_new_line_processor", "pi05": "pi05_prepare_state_tokenizer_processor_step"}
 _BEFORE = ("rename_observations_processor", "to_batch_processor", "relative_actions_processor")
 _AFTER = ("absolute_actions_processor", "device_processor")
+
+
+_Names = Annotated[list[str], msgspec.Meta(max_length=MAXIMA["action.max_dim"])]
 
 
 class _Settings(msgspec.Struct, frozen=True):
@@ -62,8 +71,8 @@ class _Settings(msgspec.Struct, frozen=True):
     max_length: int | None = None
     float_dtype: str | None = None
     enabled: bool = False
-    exclude_joints: list[str] | None = None
-    action_names: list[str] | None = None
+    exclude_joints: _Names | None = None
+    action_names: _Names | None = None
 
 
 class _Step(msgspec.Struct, frozen=True, rename={"path": "class"}):
@@ -83,7 +92,7 @@ class _Step(msgspec.Struct, frozen=True, rename={"path": "class"}):
 class _Pipeline(msgspec.Struct, frozen=True):
     """A pipeline's file."""
 
-    steps: list[_Step]
+    steps: Annotated[list[_Step], msgspec.Meta(max_length=64)]
 
 
 @dataclass(frozen=True)
@@ -156,14 +165,29 @@ def buffered_normalisation(weights: Weights, modes: Mapping[str, str], where: Pa
         ("action", "unnormalize_outputs.buffer_action"),
     ):
         mode = modes.get(kind.upper(), "IDENTITY")
-        stored = {
-            key.rpartition(".")[2]: tensor.read().float().numpy()
-            for key, tensor in weights.items()
-            if key.rpartition(".")[0] == buffer
-        }
+        stored = _read_buffer(weights, buffer, where)
         names[kind], values = _statistics(kind, mode, stored, _OLD_EPS, f"{where}: {buffer}", old=True)
         found |= values
     return Normalisation(names["state"], names["action"], found)
+
+
+def _read_buffer(tensors: Weights, prefix: str, where: Path) -> dict[str, np.ndarray]:
+    """The statistics of a feature by name; those of pictures and of what else is stored are not read."""
+    stored = {}
+    for key, tensor in tensors.items():
+        feature, _, name = key.rpartition(".")
+        if feature != prefix or name not in _STATISTICS:
+            continue
+        if tensor.numel > _MAX_STATISTICS:
+            raise CheckpointError(
+                "statistics of more numbers than a robot has",
+                where=f"{where}: {key}",
+                expected=f"at most {_MAX_STATISTICS:,}",
+                got=f"{tensor.numel:,}",
+                fix="compute the data set's statistics again",
+            )
+        stored[name] = tensor.read().float().numpy()
+    return stored
 
 
 def _steps(folder: Path, name: str) -> list[_Step]:
@@ -178,7 +202,7 @@ def _steps(folder: Path, name: str) -> list[_Step]:
             fix="save the policy together with its processors, or copy the whole pretrained_model folder",
         )
     try:
-        return msgspec.convert(read_json(path), _Pipeline).steps
+        return msgspec.convert(read_json(folder, name), _Pipeline).steps
     except msgspec.ValidationError as error:
         raise CheckpointError(
             "a pipeline of the checkpoint is not valid", where=path, got=error, fix="copy it again"
@@ -239,11 +263,7 @@ def _normaliser(
     if step.state_file is not None:
         files = (inside(folder, step.state_file, pipeline),)
         tensors = read_safetensors(files[0])
-        stored = {
-            key.rpartition(".")[2]: tensor.read().float().numpy()
-            for key, tensor in tensors.items()
-            if key.rpartition(".")[0] == feature
-        }
+        stored = _read_buffer(tensors, feature, files[0])
         seen = {key.rpartition(".")[0] for key in tensors}
         if modes.get("VISUAL", "IDENTITY") != "IDENTITY" and any("image" in key for key in seen):
             raise CheckpointError(
@@ -284,7 +304,7 @@ def _statistics(
             "the statistics do not fit each other",
             where=where,
             expected=f"{names[0]} and {names[1]} of one length, none of the first above the second",
-            got={name: stored[name].tolist() for name in names},
+            got=f"{first.size:,} and {second.size:,} numbers",
             fix="compute the data set's statistics again",
         )
     if ours == "MEAN_STD":

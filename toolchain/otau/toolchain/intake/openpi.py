@@ -34,6 +34,7 @@ from otau.toolchain.intake.safetensors import is_safetensors, open_safetensors
 from otau.toolchain.intake.side_file import SIDE_FILE, read_json, read_side_file
 from otau.toolchain.intake.statistics import NAMES, above, statistics_weights
 from otau.training.policies.config import Feature, NormMode, PolicyConfig, check_config
+from otau.training.policies.files import require_inside
 from otau.training.policies.keys import VLM
 from otau.training.policies.weights import Weights
 
@@ -92,7 +93,7 @@ def is_openpi(folder: Path) -> bool:
     keys = open_safetensors(folder).weights
     named = "action_in_proj.weight" in keys and any(key.startswith("paligemma_with_expert.") for key in keys)
     config = folder / _CONFIG_FILE
-    return named and not (config.is_file() and "type" in read_json(config))
+    return named and not (config.is_file() and "type" in read_json(folder, _CONFIG_FILE))
 
 
 def open_openpi(folder: Path) -> OpenedCheckpoint:
@@ -182,7 +183,7 @@ def _converted(folder: Path) -> _Converted:
     if not path.is_file():
         return _Converted()
     try:
-        converted = msgspec.convert(read_json(path), _Converted)
+        converted = msgspec.convert(read_json(folder, _CONFIG_FILE), _Converted)
     except msgspec.ValidationError as error:
         raise CheckpointError("the configuration is not valid", where=path, got=error) from None
     lora = [v for v in (converted.paligemma_variant, converted.action_expert_variant) if "lora" in v]
@@ -266,27 +267,24 @@ def _chunk(facts: OpenpiFacts, converted: _Converted, folder: Path) -> dict[str,
 
 def _statistics_file(folder: Path, facts: OpenpiFacts) -> Path:
     """The one `norm_stats.json` below `assets`, or that of the stated asset."""
-    assets = (folder / "assets").resolve()
-    found = sorted(assets.rglob(_STATISTICS_FILE)) if assets.is_dir() else []
-    named = {path.parent.relative_to(assets).as_posix(): path for path in found}
-    inside = {name: path for name, path in named.items() if path.resolve().is_relative_to(assets)}
-    chosen = list(inside) if facts.asset_id is None else [name for name in inside if name == facts.asset_id]
+    assets = require_inside(folder, folder / "assets")
+    found = sorted(path for path in assets.rglob(_STATISTICS_FILE) if path.is_file())
+    named = {path.parent.relative_to(assets).as_posix(): require_inside(folder, path) for path in found}
+    chosen = list(named) if facts.asset_id is None else [name for name in named if name == facts.asset_id]
     if len(chosen) != 1:
         raise CheckpointError(
             "the checkpoint has not one set of normalisation statistics",
             where=folder / "assets",
             expected=f"assets/{facts.asset_id or 'NAME'}/{_STATISTICS_FILE}",
-            got=", ".join(inside) or "none",
-            fix=f"name one in {SIDE_FILE}: asset_id"
-            if inside
-            else "copy the assets of the training run, too",
+            got=", ".join(list(named)[:10]) or "none",
+            fix=f"name one in {SIDE_FILE}: asset_id" if named else "copy the assets of the training run, too",
         )
-    return inside[chosen[0]]
+    return named[chosen[0]]
 
 
 def _statistics(path: Path, mode: NormMode) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """The two statistics of state and action, (n,) float64."""
-    document = read_json(path)
+    document = read_json(path.parent, path.name)
     statistics = {}
     for kind, theirs in _STATISTICS_NAMES.items():
         try:

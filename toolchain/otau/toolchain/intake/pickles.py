@@ -27,6 +27,9 @@ _MAX_OPCODES = 1_000_000
 
 _MAX_STRING_BYTES = 16 << 20
 _MAX_LINE_BYTES = 1024
+_MAX_NAME_LENGTH = 256
+"""Of a global, which is put together anew from memoised parts each time that it is named."""
+
 _MAX_INTEGER_BYTES = 32
 
 
@@ -191,6 +194,8 @@ class _Interpreter:
     def name(self, module: Any, name: Any) -> Name:
         if not (isinstance(module, str) and isinstance(name, str)):
             self.damaged("a name that is no text")
+        if len(module) + len(name) > _MAX_NAME_LENGTH:
+            self.refuse(f"a name of {len(module) + len(name):,} characters")
         full = f"{module}.{name}"
         if full not in self.builders and not self.is_inert(full):
             self.refuse(full[:200] if full.isprintable() else repr(full[:200]))

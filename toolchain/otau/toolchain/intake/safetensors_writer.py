@@ -14,15 +14,12 @@ from torch import Tensor
 
 from otau.runtime.errors import CheckpointError
 from otau.toolchain.intake.files import FileRead
-from otau.toolchain.intake.safetensors import DTYPES
+from otau.toolchain.intake.safetensors import DTYPES, MAX_HEADER_BYTES
 from otau.training.policies.weights import StoredTensor
 
 __all__ = ["stored_as", "write_safetensors"]
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_MAX_HEADER_BYTES = 100_000_000
-"""What the safetensors library opens at most."""
-
 _BUFFER_BYTES = 1 << 20
 
 
@@ -100,13 +97,12 @@ def _header(path: Path, tensors: Mapping[str, StoredTensor], metadata: Mapping[s
         }
         at += tensor.nbytes
     header = json.dumps(entries, separators=(",", ":")).encode()
-    if len(header) > _MAX_HEADER_BYTES:
+    if len(header) > MAX_HEADER_BYTES:
         raise CheckpointError(
             "the checkpoint has too many tensors for one file",
             where=path,
-            expected=f"a header of at most {_MAX_HEADER_BYTES:,} bytes",
+            expected=f"a header of at most {MAX_HEADER_BYTES:,} bytes",
             got=f"{len(header):,}",
-            fix="give a smaller --max-shard-size",
         )
     return header + b" " * (-len(header) % 8)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,31 +11,32 @@ from typing import Any, TypeVar
 import msgspec
 
 from otau.runtime.errors import CheckpointError, nearest_name
+from otau.training.policies.files import read_text
 
 __all__ = ["SIDE_FILE", "read_json", "read_side_file"]
 
 SIDE_FILE = "otau.json"
 
-_MAX_BYTES = 16 << 20
-
 _Record = TypeVar("_Record", bound=msgspec.Struct)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON object in a file of a checkpoint folder.
 
     Raises:
-        CheckpointError: The file is not one, or unreasonably large.
+        CheckpointError: The file is not one, unreasonably large, or outside of the folder.
     """
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ValueError(f"{path.stat().st_size} bytes, more than {_MAX_BYTES}")
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(read_text(folder, name))
         if not isinstance(document, dict):
             raise ValueError(f"a {type(document).__name__}")
-    except (ValueError, OSError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            "a file of the checkpoint is not a JSON object", where=path, got=error, fix="copy it again"
+            "a file of the checkpoint is not a JSON object",
+            where=folder / name,
+            expected="{...}",
+            got=error,
+            fix="copy it again",
         ) from None
     return document
 
@@ -50,10 +52,10 @@ def read_side_file(folder: Path, kind: type[_Record]) -> _Record | None:
         CheckpointError: The file is not valid; an unknown key is named with the nearest valid one.
     """
     path = folder / SIDE_FILE
-    if not path.is_file():
+    if not os.path.lexists(path):  # What is no plain file is refused, not overlooked.
         return None
     try:
-        return msgspec.convert(read_json(path), kind)
+        return msgspec.convert(read_json(folder, SIDE_FILE), kind)
     except msgspec.ValidationError as error:
         unknown = re.search(r"unknown field `([^`]*)`", str(error))
         fix = nearest_name(unknown.group(1), kind.__struct_fields__) if unknown else "correct this key"

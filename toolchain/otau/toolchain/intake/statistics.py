@@ -65,7 +65,7 @@ def statistics_weights(
             raise CheckpointError(
                 "the normalisation statistics are not finite: the checkpoint was saved without them",
                 where=f"{where}: {name}",
-                got=values.tolist(),
+                got=f"{values[~np.isfinite(values)][:5].tolist()} among {values.size:,} numbers",
                 fix="save the checkpoint together with its data set's statistics",
             )
         weights[key] = StoredTensor(values.shape, torch.float32, partial(_copy, values))

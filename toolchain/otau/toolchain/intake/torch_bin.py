@@ -8,20 +8,21 @@ from typing import Any
 
 from otau.runtime.errors import CheckpointError
 from otau.toolchain.intake.opened import OpenedCheckpoint
-from otau.toolchain.intake.safetensors import inside, read_index
+from otau.toolchain.intake.safetensors import read_index
 from otau.toolchain.intake.torch_file import TorchTensor, read_torch_file
+from otau.training.policies.files import inside
 from otau.training.policies.weights import StoredTensor
 
-__all__ = ["is_torch_bin", "open_torch_bin"]
+__all__ = ["TORCH_FILES", "TORCH_INDEX_FILE", "is_torch_bin", "open_torch_bin"]
 
-_FILES = ("pytorch_model.bin", "model.bin", "model.pt", "pytorch_model.pt", "model.pth")
-_INDEX = "pytorch_model.bin.index.json"
+TORCH_FILES = ("pytorch_model.bin", "model.bin", "model.pt", "pytorch_model.pt", "model.pth")
+TORCH_INDEX_FILE = "pytorch_model.bin.index.json"
 _WRAPPERS = ("state_dict", "model", "module", "model_state_dict")
 
 
 def is_torch_bin(folder: Path) -> bool:
     """Whether a folder holds a model in files of torch.save."""
-    return any((folder / name).is_file() for name in (*_FILES, _INDEX))
+    return any((folder / name).is_file() for name in (*TORCH_FILES, TORCH_INDEX_FILE))
 
 
 def open_torch_bin(folder: Path) -> OpenedCheckpoint:
@@ -33,19 +34,19 @@ def open_torch_bin(folder: Path) -> OpenedCheckpoint:
     Raises:
         CheckpointError: A file is damaged, missing or asks to run code, or the index does not agree with it.
     """
-    present = [name for name in _FILES if (folder / name).is_file()]
+    present = [name for name in TORCH_FILES if (folder / name).is_file()]
     if present:
         path = inside(folder, present[0], present[0])
         return OpenedCheckpoint(folder, "PyTorch", _stored(_read_weights(path).items()), (path,))
-    index = read_index(folder, _INDEX)
-    shards = {name: inside(folder, name, _INDEX) for name in sorted({*index.values()})}
+    index = read_index(folder, TORCH_INDEX_FILE)
+    shards = {name: inside(folder, name, TORCH_INDEX_FILE) for name in sorted({*index.values()})}
     held = {name: _read_weights(path) for name, path in shards.items()}
     unlisted = {key for shard in held.values() for key in shard} - set(index)
     absent = {key for key, name in index.items() if key not in held[name]}
     if absent or unlisted:
         raise CheckpointError(
             "the index and the shards have different tensors",
-            where=folder / _INDEX,
+            where=folder / TORCH_INDEX_FILE,
             got=", ".join(
                 [f"{key[:100]} not in its shard" for key in sorted(absent)[:3]]
                 + [f"{key[:100]} not in the index" for key in sorted(unlisted)[:3]]
@@ -53,7 +54,7 @@ def open_torch_bin(folder: Path) -> OpenedCheckpoint:
             fix="copy the checkpoint again",
         )
     weights = _stored((key, held[name][key]) for key, name in index.items())
-    files = (folder / _INDEX, *shards.values())
+    files = (folder / TORCH_INDEX_FILE, *shards.values())
     return OpenedCheckpoint(folder, f"PyTorch, {len(shards)} shards", weights, files)
 
 

@@ -19,17 +19,21 @@ import torch
 from torch import Tensor
 
 from otau.runtime.errors import CheckpointError
-from otau.toolchain.intake.files import FileRead, Piece, damaged, open_file, read_exactly
+from otau.toolchain.intake.files import FileRead, Piece, check_numbers, check_shape, damaged, read_exactly
 from otau.toolchain.intake.pickles import MAX_PICKLE_BYTES, Name, read_pickle
 from otau.toolchain.intake.zip_entries import ZipEntry, read_entries
+from otau.training.policies.files import open_file
 from otau.training.policies.weights import StoredTensor
 
-__all__ = ["TorchTensor", "check_shape", "read_torch_file"]
+__all__ = ["TorchTensor", "read_torch_file"]
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
-_MAX_DIMS = 64
-_MAX_ELEMENTS = 1 << 48
+_MAX_KEY_LENGTH = 256
+_MAX_SPREAD = 8
+"""Numbers that a tensor may span for each that it has: all that it spans is read to pick them out."""
+_SMALL = 1 << 20
+"""Tensors of fewer elements may span as many as one of these."""
 
 _STORAGE_TYPES = {
     "torch.DoubleStorage": torch.float64,
@@ -149,26 +153,6 @@ def read_torch_file(path: Path) -> Any:
         return _read_legacy(handle, size, path)
 
 
-def check_shape(sizes: Any) -> tuple[int, ...]:
-    """A shape from a file, if it is one.
-
-    Raises:
-        ValueError: It is not a list of numbers, or so large that it overflows.
-    """
-    shape = _numbers(sizes)
-    if math.prod(max(size, 1) for size in shape) > _MAX_ELEMENTS:
-        raise ValueError("a shape beyond all bounds")
-    return shape
-
-
-def _numbers(values: Any) -> tuple[int, ...]:
-    if not isinstance(values, (tuple, list)) or len(values) > _MAX_DIMS:
-        raise ValueError("a shape, stride or offset that is no list of numbers")
-    if not all(type(value) is int and 0 <= value <= _MAX_ELEMENTS for value in values):
-        raise ValueError("a shape, stride or offset that is no number, or beyond all bounds")
-    return tuple(values)
-
-
 def _is_inert(name: str) -> bool:
     return name in _INERT or name.startswith(_INERT_PACKAGES)
 
@@ -239,7 +223,7 @@ def _read_legacy(handle: int, size: int, path: Path) -> Any:
         keys = load()
         at = stream.tell()
     named = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
-    if not named or sorted(keys) != sorted(storages):
+    if not named or len(keys) != len(storages) or set(keys) != set(storages):
         damaged(path, "its list of storages is not that of its tensors")
     for key in keys:
         storage = storages[key]
@@ -262,7 +246,7 @@ def _storage_id(pid: tuple[Any, ...], length: int) -> tuple[torch.dtype, str, in
     if dtype is None:
         raise ValueError(f"a storage of type {pid[1]}, which otau does not read")
     key, count = pid[2], pid[4]
-    if not isinstance(key, str) or type(count) is not int or count < 0:
+    if not isinstance(key, str) or len(key) > _MAX_KEY_LENGTH or type(count) is not int or count < 0:
         raise ValueError("a storage without a key or a size")
     return dtype, key, count * dtype.itemsize
 
@@ -316,7 +300,7 @@ def _tensor(
     """A tensor within its storage; shape, stride and offset are numbers of elements."""
     if not isinstance(storage, _Storage):
         raise ValueError("a tensor without a storage")
-    shape, steps, (offset,) = check_shape(size), _numbers(stride), _numbers((offset,))
+    shape, steps, (offset,) = check_shape(size), check_numbers(stride), check_numbers((offset,))
     dtype = dtype or storage.dtype
     held = storage.nbytes // dtype.itemsize
     count = math.prod(shape)
@@ -326,6 +310,11 @@ def _tensor(
         raise ValueError(
             f"a tensor of shape {list(shape)}, stride {list(steps)}, offset {offset}"
             f" in a storage of {held:,} elements"
+        )
+    if last - offset >= _MAX_SPREAD * max(count, _SMALL):
+        raise ValueError(
+            f"a tensor of {count:,} elements that spans {last - offset + 1:,};"
+            f" at most {_MAX_SPREAD} times its elements are read: save it with .contiguous()"
         )
     return TorchTensor(path, storage, offset * dtype.itemsize, shape, steps, dtype)
 

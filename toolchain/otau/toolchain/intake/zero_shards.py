@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,10 +10,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from otau.runtime.errors import CheckpointError
-from otau.toolchain.intake.files import open_file, read_exactly
+from otau.toolchain.intake.files import check_shape, read_exactly
 from otau.toolchain.intake.pickles import Record
-from otau.toolchain.intake.safetensors import inside
-from otau.toolchain.intake.torch_file import TorchTensor, check_shape, read_torch_file
+from otau.toolchain.intake.torch_file import TorchTensor, read_torch_file
+from otau.training.policies.files import inside, open_file, require_inside
 
 __all__ = [
     "LATEST",
@@ -30,6 +31,9 @@ __all__ = [
 
 LATEST = "latest"
 _MAX_TAG_BYTES = 255
+_MAX_PARAMETERS = 100_000
+"""Of all groups of a rank. A full-size policy has 800."""
+
 OPTIMIZER_FILE = re.compile(r"(?:[a-z0-9]+_)?zero_pp_rank_(\d{1,6})_mp_rank_(\d{1,6})_optim_states\.pt")
 _MODEL_FILE = re.compile(r"(?:[a-z0-9]+_)?(?:zero_pp_rank_(\d{1,6})_)?mp_rank_(\d{1,6})_model_states\.pt")
 _GROUPS = {1: "single_partition_of_fp32_groups", 2: "single_partition_of_fp32_groups", 3: "fp32_flat_groups"}
@@ -81,11 +85,9 @@ def find_shards(folder: Path) -> tuple[Path, Path]:
     if not plain or len(tag) > _MAX_TAG_BYTES:
         refuse("`latest` names no folder beside it", latest, "a plain name", repr(tag[:80]))
     path = folder / tag
-    if not path.is_dir():
+    if not os.path.isdir(path):  # Unlike Path.is_dir, no error where a name is too long.
         refuse("the folder that `latest` names is missing", latest, f"a folder {tag!r}", "no such folder")
-    if not path.resolve().is_relative_to(folder.resolve()):
-        refuse("`latest` names a link that leaves the checkpoint", path, "a folder", path.resolve())
-    return path, folder
+    return require_inside(folder, path), folder
 
 
 def list_shards(tag: Path) -> tuple[list[Path], list[Path]]:
@@ -146,6 +148,7 @@ def read_optimizer_states(path: Path) -> OptimizerStates:
     paddings = states.get("param_alignment_paddings")
     if paddings is not None:
         rows = paddings if isinstance(paddings, list) else [None]
+        _check_count(rows, path, "param_alignment_paddings")
         if not all(isinstance(row, list) and all(type(n) is int and n >= 0 for n in row) for row in rows):
             refuse("paddings that are no numbers", path, "lists of numbers", "something else")
         paddings = tuple(map(tuple, rows))
@@ -166,6 +169,7 @@ def read_model_states(path: Path) -> ModelStates:
     groups = document.get("param_shapes")
     if not isinstance(groups, list):
         refuse("no model states of DeepSpeed", path, "param_shapes", "none")
+    _check_count(groups, path, "param_shapes")
     shared = _mapping(document.get("shared_params"), path, "shared_params")
     if not all(isinstance(name, str) for name in shared.values()):
         refuse("shared parameters that are no names", path, "names", "something else")
@@ -193,6 +197,14 @@ def _mapping(value: Any, path: Path, what: str) -> dict[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         refuse("no shard of DeepSpeed ZeRO", f"{path}: {what}", "a dict of names", type(value).__name__)
     return value
+
+
+def _check_count(groups: list[Any], path: Path, what: str) -> None:
+    """Refuse lists of lists that are beyond all bounds: a pickle may name one list a million times."""
+    count = len(groups) + sum(len(group) for group in groups if isinstance(group, (dict, list)))
+    if count > _MAX_PARAMETERS:
+        where = f"{path}: {what}"
+        refuse("more parameters than are read", where, f"at most {_MAX_PARAMETERS:,}", f"{count:,}")
 
 
 def _shapes(value: Any, path: Path, what: str) -> _Shapes:

@@ -17,7 +17,10 @@ from otau.toolchain.intake.files import damaged, read_exactly
 
 __all__ = ["ZipEntry", "read_entries"]
 
-_MAX_DIRECTORY_BYTES = 256 << 20
+_MAX_DIRECTORY_BYTES = 64 << 20
+_MAX_ENTRIES = 100_000
+"""One a tensor; a full-size policy has 800."""
+
 _END = struct.Struct("<4s4H2IH")
 _END64_LOCATOR = struct.Struct("<4sIQI")
 _END64 = struct.Struct("<4sQ2H2I4Q")
@@ -61,8 +64,9 @@ def read_entries(handle: int, where: Path) -> dict[str, ZipEntry]:
             damaged(where, "an entry has another signature")
         raw = directory[at + _ENTRY.size : at + _ENTRY.size + name_size]
         name = raw.decode("utf-8", "replace")
-        extra = directory[at + _ENTRY.size + name_size :][:extra_size]
-        at += _ENTRY.size + name_size + extra_size + comment_size
+        extra_at = at + _ENTRY.size + name_size
+        extra = directory[extra_at : extra_at + extra_size]
+        at = extra_at + extra_size + comment_size
         unpacked, packed, header = _widen(extra, [unpacked, packed, header], where)
         if flags & _ENCRYPTED:
             _refuse(where, name, "an encrypted entry")
@@ -110,7 +114,9 @@ def _read_directory(handle: int, size: int, where: Path) -> tuple[bytes, int]:
         if wide[0] != b"PK\x06\x06":
             damaged(where, "its end record has another signature")
         count, length, start = wide[7], wide[8], wide[9]
-    if start + length > size or length > _MAX_DIRECTORY_BYTES or count * _ENTRY.size > length:
+    if count > _MAX_ENTRIES or length > _MAX_DIRECTORY_BYTES:
+        damaged(where, f"{count:,} entries, listed in {length:,} bytes; at most {_MAX_ENTRIES:,} are read")
+    if start + length > size or count * _ENTRY.size > length:
         damaged(where, f"a list of {count:,} entries in {length:,} bytes")
     return read_exactly(handle, start, length, where), count
 

@@ -14,14 +14,15 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
 from otau.runtime.errors import CheckpointError, UsageError, nearest_name
 from otau.runtime.manifest import MAXIMA
+from otau.training.policies.files import read_text
 
-__all__ = ["CONFIG_FILES", "Feature", "NormMode", "PolicyConfig", "check_config", "read_config"]
+__all__ = ["CONFIG_FILES", "MAX_SIZE", "Feature", "NormMode", "PolicyConfig", "check_config", "read_config"]
 
 CONFIG_FILES = ("config.json", "hf_config.json", "train_config.json")
 """Where a policy's configuration is looked for, in this order."""
@@ -65,11 +66,15 @@ _OWN = {
 """Field -> key in a file, for what is not OpenTau's."""
 
 
+MAX_SIZE = 1 << 16
+"""Of a shape's numbers, before they are held against tighter bounds: the side of a camera's own picture."""
+
+
 class Feature(msgspec.Struct, frozen=True):
     """One input or output of the policy."""
 
     type: str
-    shape: tuple[int, ...]
+    shape: Annotated[tuple[Annotated[int, msgspec.Meta(le=MAX_SIZE)], ...], msgspec.Meta(max_length=8)]
 
 
 class PolicyConfig(msgspec.Struct, frozen=True, kw_only=True, rename=_OWN):
@@ -199,7 +204,7 @@ def read_config(folder: Path, known_types: tuple[str, ...]) -> PolicyConfig:
             fix="name the checkpoint folder itself, for example run/checkpoints/000040",
         )
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(read_text(folder, path.name))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             "the configuration is not valid JSON", where=path, got=error, fix="copy the checkpoint again"
@@ -207,11 +212,12 @@ def read_config(folder: Path, known_types: tuple[str, ...]) -> PolicyConfig:
     policy = document.get("policy", document) if isinstance(document, dict) else document
     kind = policy.get("type") if isinstance(policy, dict) else None
     if kind not in known_types:
+        named = kind[:100] if isinstance(kind, str) else type(kind).__name__
         raise UsageError(
-            f"unknown policy type {kind!r}",
+            f"unknown policy type {named!r}",
             where=path,
             expected=", ".join(known_types),
-            fix=nearest_name(str(kind), known_types),
+            fix=nearest_name(named, known_types),
         )
     for key in policy:
         if key.startswith(_OWN_PREFIX) and key not in _OWN.values():
@@ -219,7 +225,7 @@ def read_config(folder: Path, known_types: tuple[str, ...]) -> PolicyConfig:
                 "the configuration has an unknown key of otau's",
                 where=path,
                 got=key,
-                fix=nearest_name(key, _OWN.values()),
+                fix=nearest_name(key[:100], _OWN.values()),
             )
     try:
         config = msgspec.convert(policy, PolicyConfig, strict=True)
@@ -267,6 +273,14 @@ def check_config(config: PolicyConfig, where: Path) -> None:
                 fix="correct one of them in the checkpoint's configuration",
             )
     cameras = config.cameras()
+    if len(cameras) > MAXIMA["the number of cameras"]:
+        raise CheckpointError(
+            "the configuration names too many cameras",
+            where=f"{where}: input_features",
+            expected=f"at most {MAXIMA['the number of cameras']} features of type VISUAL",
+            got=len(cameras),
+            fix="remove those that the policy was not trained with",
+        )
     too_large = [size for size in cameras.values() if not 1 <= min(size) <= max(size) <= _LARGEST_PICTURE]
     if too_large:
         raise CheckpointError(
@@ -284,7 +298,7 @@ def check_config(config: PolicyConfig, where: Path) -> None:
             fix="set resize_imgs_with_padding" if cameras else "add a feature of type VISUAL",
         )
     for action, state in (config.delta_action_state_map or {}).items():
-        plain = action.isdecimal() and action == str(int(action))
+        plain = re.fullmatch(r"0|[1-9][0-9]{0,8}", action)
         if not (plain and int(action) < config.action_dim and 0 <= state < config.state_dim):
             raise CheckpointError(
                 "delta_action_state_map names a dimension that is not there",

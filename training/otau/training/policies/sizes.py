@@ -8,6 +8,7 @@ is that of the full-size model.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,9 @@ from pathlib import Path
 import msgspec
 
 from otau.runtime.errors import CheckpointError, nearest_name
+from otau.runtime.manifest import MAXIMA
 from otau.training.policies.config import PolicyConfig
+from otau.training.policies.files import read_text
 from otau.training.policies.gemma import GemmaDims
 from otau.training.policies.keys import EMBED_TOKENS, EXPERT, LM_HEAD, VLM
 from otau.training.policies.vision import VisionDims
@@ -23,6 +26,7 @@ from otau.training.policies.vision import VisionDims
 __all__ = ["DIMS_FILE", "FULL_HEADS", "HeadDims", "PolicyDims", "infer_dims", "read_head_dims"]
 
 DIMS_FILE = "model_dims.json"
+_MAX_LAYERS = MAXIMA["kv_layers"]
 
 
 class HeadDims(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,10 +71,10 @@ def read_head_dims(folder: Path) -> HeadDims | None:
         CheckpointError: The file is not valid.
     """
     path = folder / DIMS_FILE
-    if not path.is_file():
+    if not os.path.lexists(path):  # What is no plain file is refused, not overlooked.
         return None
     try:
-        dims = msgspec.convert(json.loads(path.read_text(encoding="utf-8")), HeadDims)
+        dims = msgspec.convert(json.loads(read_text(folder, DIMS_FILE)), HeadDims)
     except (ValueError, RecursionError) as error:
         raise CheckpointError("the model's sizes are not valid", where=path, got=error) from None
     counts = {
@@ -131,8 +135,16 @@ def infer_dims(
         return shapes[key]
 
     def depth(prefix: str) -> int:
-        numbers = [key.removeprefix(prefix).partition(".")[0] for key in shapes if key.startswith(prefix)]
-        return len({number for number in numbers if number.isdecimal()})
+        numbers = {key.removeprefix(prefix).partition(".")[0] for key in shapes if key.startswith(prefix)}
+        if len(numbers) > _MAX_LAYERS or numbers != {str(number) for number in range(len(numbers))}:
+            raise CheckpointError(
+                "the layers are not numbered from 0 on, or too many",
+                where=f"{where}: {prefix}",
+                expected=f"0, 1, 2 and so on, at most {_MAX_LAYERS}",
+                got=f"{len(numbers)}: {', '.join(sorted(numbers)[:20])}",
+                fix="export the checkpoint again",
+            )
+        return len(numbers)
 
     def gemma(prefix: str) -> GemmaDims:
         mlp, hidden = shape(f"{prefix}layers.0.mlp.gate_proj.weight", 2)
