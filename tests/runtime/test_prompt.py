@@ -10,10 +10,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
 
 from otau.runtime.errors import UsageError
-from otau.runtime.prompt import PromptEncoder, clean_task, fill_template, state_bins, state_text
+from otau.runtime.prompt import (
+    MAX_PROMPT_CHARACTERS,
+    PromptEncoder,
+    clean_task,
+    fill_template,
+    state_bins,
+    state_text,
+)
+from otau.runtime.tokenizer_file import load_tokenizer
 
 
 @given(st.text(), st.text())
@@ -36,7 +43,7 @@ def test_a_task_is_cleaned_only_where_the_policy_was_trained_so(encoder):
     assert clean_task(" pick_up\nthe cup \n") == "pick up the cup"
     given = [" pick_up"]
     spec = msgspec.structs.replace(encoder.spec, clean_task=True)
-    assert encoder.encode(given, [""])[0].tolist() == [[2, 1, 7, 7, 7]]
+    assert encoder.encode(given, [""])[0].tolist() == [[2, 1, 0, 0, 0]]
     encoder.spec = spec
     assert encoder.encode(given, [""])[0].tolist() == [[2, 5, 6, 7, 7]]
 
@@ -82,12 +89,12 @@ def encoder(bundle, manifest):
         "pad_token": ":",
     }
     spec = msgspec.structs.replace(manifest.prompt, template="{task}", max_length=5)
-    return PromptEncoder(spec, Tokenizer.from_str(json.dumps(document)))
+    return PromptEncoder(spec, load_tokenizer(json.dumps(document).encode()))
 
 
 def test_prompts_are_padded_on_the_right_after_the_special_token(encoder):
     tokens, masks = encoder.encode(["pick up", "pick"], ["", ""])
-    assert tokens.tolist() == [[2, 5, 6, 7, 7], [2, 5, 7, 7, 7]]
+    assert tokens.tolist() == [[2, 5, 6, 0, 0], [2, 5, 0, 0, 0]]
     assert masks.tolist() == [[True] * 3 + [False] * 2, [True] * 2 + [False] * 3]
     assert tokens.dtype == np.int64
 
@@ -98,6 +105,21 @@ def test_a_long_prompt_is_cut_with_a_warning(encoder, caplog):
     assert tokens.tolist() == [[2, 5, 6, 5, 6]]
     assert masks.all()
     assert "was cut" in caplog.text
+
+
+def test_a_prompt_beyond_all_bounds_is_refused_before_it_is_read(encoder):
+    encoder.encode(["a" * MAX_PROMPT_CHARACTERS], [""])
+    for read in (lambda text: encoder.encode([text], [""]), encoder.ids):
+        with pytest.raises(UsageError, match="16,384 characters"):
+            read("a" * (MAX_PROMPT_CHARACTERS + 1))
+
+
+def test_a_tokenizer_that_leaves_no_room_for_the_prompt_is_refused(bundle, manifest):
+    document = json.loads((bundle / "tokenizer.json").read_text())
+    document["post_processor"]["single"] *= 6
+    tokenizer = load_tokenizer(json.dumps(document).encode())
+    with pytest.raises(UsageError, match="adds more tokens"):
+        PromptEncoder(msgspec.structs.replace(manifest.prompt, max_length=5), tokenizer)
 
 
 def test_a_prompt_that_just_fits_gives_no_warning(encoder, caplog):

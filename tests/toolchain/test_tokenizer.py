@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,42 @@ def test_what_cannot_be_a_tokenizer_is_refused(tmp_path: Path, gemma_folder: Pat
         (tmp_path / name).write_bytes(b"\x00garbage")
         with pytest.raises(CheckpointError, match="cannot be read"):
             read_tokenizer(tmp_path, 100)
+
+
+def test_a_tokenizer_that_blows_up_is_refused_before_it_is_used(tmp_path: Path) -> None:
+    document = json.loads(train_tokenizer(512).to_str())
+    step = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}
+    pad = {"strategy": {"Fixed": 10**12}, "direction": "Right", "pad_to_multiple_of": None}
+    pad |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "x"}
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(document | {"padding": pad}))
+    assert Tokenizer.from_str(read_tokenizer(tmp_path, 512)).padding is None
+    blow = {"type": "Sequence", "normalizers": [step] * 12}
+    file.write_text(json.dumps(document | {"normalizer": blow}))
+    with pytest.raises(CheckpointError, match="times longer"):
+        read_tokenizer(tmp_path, 512)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_large_files_and_links_that_leave_the_folder_are_refused(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with (tmp_path / name).open("wb") as file:
+        file.truncate((64 << 20) + 1)
+    (folder / name).symlink_to(tmp_path / name)
+    with pytest.raises(CheckpointError, match="leaves its folder"):
+        read_tokenizer(folder, 512)
+    (folder / name).unlink()
+    (tmp_path / name).rename(folder / name)
+    with pytest.raises(CheckpointError, match="67,108,865 bytes"):
+        read_tokenizer(folder, 512)
+
+
+def test_a_linked_configuration_of_the_tokenizer_is_refused(gemma_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "tokenizer.model").write_bytes((gemma_folder / "tokenizer.model").read_bytes())
+    (folder / "tokenizer_config.json").symlink_to(tmp_path / "tokenizer_config.json")
+    with pytest.raises(CheckpointError, match="leaves its folder"):
+        read_tokenizer(folder, 330)

@@ -196,13 +196,13 @@ class Bundle:
         name = self.manifest.prompt.tokenizer
         if name is None:
             return None
-        from tokenizers import Tokenizer
+        from otau.runtime.tokenizer_file import MAX_TOKENIZER_BYTES, load_tokenizer
 
-        where = self.file(name)
+        data = read_inside(self.path, name, MAX_TOKENIZER_BYTES)
         try:
-            return Tokenizer.from_file(str(where))
-        except Exception as error:  # tokenizers raises plain Exception
-            raise BundleError("the tokenizer cannot be read", where=where, got=error) from error
+            return load_tokenizer(data)
+        except ValueError as error:
+            raise BundleError("the tokenizer cannot be read", where=self.file(name), got=error) from error
 
     def require(
         self,

@@ -15,10 +15,19 @@ from otau.runtime.spec import PromptSpec
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["PromptEncoder", "clean_task", "fill_template", "state_bins", "state_text"]
+__all__ = [
+    "MAX_PROMPT_CHARACTERS",
+    "PromptEncoder",
+    "clean_task",
+    "fill_template",
+    "state_bins",
+    "state_text",
+]
 
 _log = logging.getLogger(__name__)
 
+MAX_PROMPT_CHARACTERS = 16 * 1024
+"""Longest prompt that is given to a tokenizer, state included: several times what any policy reads of it."""
 _BINS = 256
 _EDGES = np.linspace(-1, 1, _BINS + 1)[:-1]
 """Where the bins begin: multiples of 1/128, exact in float64 and float32."""
@@ -81,22 +90,40 @@ def fill_template(template: str, task: str, state: str = "") -> str:
     return re.sub(r"\{task\}\n?|\{state\}", fill, template)
 
 
+def _refuse_long(text: str) -> None:
+    if len(text) > MAX_PROMPT_CHARACTERS:
+        raise UsageError(
+            "the prompt is too long",
+            expected=f"at most {MAX_PROMPT_CHARACTERS:,} characters",
+            got=f"{len(text):,} characters",
+        )
+
+
 class PromptEncoder:
     """Turns prompts into token ids and masks, with the bundle's tokenizer."""
 
     def __init__(self, spec: PromptSpec, tokenizer: Tokenizer) -> None:
-        """Takes over the tokenizer: its own padding and truncation are replaced by the bundle's."""
+        """Takes over a tokenizer of `load_tokenizer`.
+
+        Raises:
+            UsageError: The tokens that it adds to every prompt leave no room for the prompt.
+        """
         self.spec = spec
         self._tokenizer = tokenizer
-        padding = tokenizer.padding
-        pad = padding["pad_id"] if padding else tokenizer.token_to_id("<pad>")
-        self._pad = int(pad) if pad is not None else 0
-        tokenizer.no_padding()
+        self._pad = tokenizer.token_to_id("<pad>") or 0
+        added = tokenizer.num_special_tokens_to_add(False)
+        if added > spec.max_length:
+            raise UsageError(
+                "the tokenizer adds more tokens to a prompt than the prompt may have",
+                expected=f"at most {spec.max_length}",
+                got=added,
+                fix="compile the checkpoint with its own tokenizer",
+            )
 
     def encode(self, tasks: Sequence[str], states: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and masks of a batch of prompts, right-padded to `max_length`.
 
-        A prompt that is longer is cut, with a warning.
+        A prompt that has more tokens is cut, with a warning.
 
         Args:
             tasks: One task an element of the batch.
@@ -104,6 +131,9 @@ class PromptEncoder:
 
         Returns:
             Ids (B, L) int64 and masks (B, L) bool, True for a real token.
+
+        Raises:
+            UsageError: A prompt has more than `MAX_PROMPT_CHARACTERS`.
         """
         length = self.spec.max_length
         tokens = np.full((len(tasks), length), self._pad, np.int64)
@@ -112,14 +142,16 @@ class PromptEncoder:
         for row, (task, state) in enumerate(zip(tasks, states, strict=True)):
             task = clean_task(task) if self.spec.clean_task else task
             text = fill_template(self.spec.template, task, state)
+            _refuse_long(text)
             encoding = self._tokenizer.encode(text, add_special_tokens=True)
             if encoding.overflowing:
-                _log.warning("the prompt is longer than %d tokens and was cut: %r", length, text)
+                _log.warning("the prompt is longer than %d tokens and was cut: %.200r", length, text)
             tokens[row, : len(encoding.ids)] = encoding.ids
             masks[row, : len(encoding.ids)] = True
         return tokens, masks
 
     def ids(self, text: str) -> np.ndarray:
         """Token ids (n,) int64 of a text inside the prefix, without special tokens."""
+        _refuse_long(text)
         self._tokenizer.no_truncation()
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int64)

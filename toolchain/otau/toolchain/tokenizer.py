@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 from otau.runtime.errors import CheckpointError, UsageError
+from otau.runtime.tokenizer_file import MAX_TOKENIZER_BYTES, load_tokenizer
 
 __all__ = ["TOKENIZER_FILES", "has_tokenizer", "read_tokenizer"]
 
@@ -13,6 +15,8 @@ _LOG = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 """What a tokenizer folder holds: a `tokenizers` file, or Gemma's SentencePiece model."""
+_SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+"""What transformers reads besides a SentencePiece model, where it is there."""
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -29,9 +33,10 @@ def read_tokenizer(folder: Path, vocab: int) -> str:
 
     Raises:
         UsageError: The folder holds no tokenizer.
-        CheckpointError: The tokenizer cannot be read, or has more tokens than the policy.
+        CheckpointError: The tokenizer cannot be read, is a link that leaves the folder, lengthens texts
+            beyond bounds (see `otau.runtime.tokenizer_file`), or has more tokens than the policy.
     """
-    from tokenizers import Tokenizer
+    from otau.training.policies.files import inside
 
     path = next((folder / name for name in TOKENIZER_FILES if (folder / name).is_file()), None)
     if path is None:
@@ -41,16 +46,20 @@ def read_tokenizer(folder: Path, vocab: int) -> str:
             expected=" or ".join(TOKENIZER_FILES),
             fix="give the folder of the PaliGemma tokenizer, or leave --tokenizer out to feed token ids",
         )
+    for name in (path.name, *_SIDE_FILES):
+        if os.path.lexists(folder / name):
+            inside(folder, name, name)
     try:
-        if path.suffix == ".json":
-            tokenizer = Tokenizer.from_file(str(path))
-        else:
+        data = _read(path)
+        if path.suffix != ".json":
             from transformers import GemmaTokenizer
 
             # PaliGemma's prompts begin with <bos>; without its tokenizer_config.json the class leaves it out.
             told = (folder / "tokenizer_config.json").is_file()
             options = {} if told else {"add_bos_token": True}
-            tokenizer = GemmaTokenizer.from_pretrained(str(folder), **options).backend_tokenizer
+            read = GemmaTokenizer.from_pretrained(str(folder), **options)
+            data = read.backend_tokenizer.to_str().encode()
+        tokenizer = load_tokenizer(data)
     except Exception as error:  # both libraries raise plain Exceptions
         raise CheckpointError("the tokenizer cannot be read", where=path, got=error) from None
     # Of the added tokens only those in front of every prompt: transformers adds some that no prompt contains.
@@ -68,3 +77,11 @@ def read_tokenizer(folder: Path, vocab: int) -> str:
     if bos is not None and first[:1] != [bos]:
         _LOG.warning("%s does not put <bos> in front of a prompt, as PaliGemma's tokenizer does", path)
     return tokenizer.to_str()
+
+
+def _read(path: Path) -> bytes:
+    """The bytes of a file that is not too large to be a tokenizer."""
+    size = path.stat().st_size
+    if size > MAX_TOKENIZER_BYTES:
+        raise ValueError(f"{size:,} bytes, more than {MAX_TOKENIZER_BYTES:,}")
+    return path.read_bytes()
