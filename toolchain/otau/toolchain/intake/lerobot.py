@@ -39,7 +39,7 @@ from otau.toolchain.intake.opened import OpenedCheckpoint
 from otau.toolchain.intake.safetensors import is_safetensors, open_safetensors
 from otau.toolchain.intake.side_file import SIDE_FILE, read_json, read_side_file
 from otau.toolchain.intake.statistics import statistics_weights
-from otau.training.policies.config import Feature, PolicyConfig, check_config
+from otau.training.policies.config import OWN_PREFIX, Feature, PolicyConfig, check_config
 from otau.training.policies.files import require_inside
 
 __all__ = ["is_lerobot", "open_lerobot"]
@@ -69,7 +69,8 @@ def is_lerobot(folder: Path) -> bool:
         return False
     features = {**_mapping(config.get("input_features")), **_mapping(config.get("output_features"))}
     named = any(name == ACTION or name.startswith("observation.") for name in features)
-    return "type" in config and (named or "paligemma_variant" in config)
+    converted = any(key.startswith(OWN_PREFIX) for key in config)
+    return "type" in config and (named or "paligemma_variant" in config) and not converted
 
 
 def open_lerobot(folder: Path) -> OpenedCheckpoint:

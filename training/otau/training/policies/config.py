@@ -22,7 +22,16 @@ from otau.runtime.errors import CheckpointError, UsageError, nearest_name
 from otau.runtime.manifest import MAXIMA
 from otau.training.policies.files import read_text
 
-__all__ = ["CONFIG_FILES", "MAX_SIZE", "Feature", "NormMode", "PolicyConfig", "check_config", "read_config"]
+__all__ = [
+    "CONFIG_FILES",
+    "MAX_SIZE",
+    "OWN_PREFIX",
+    "Feature",
+    "NormMode",
+    "PolicyConfig",
+    "check_config",
+    "read_config",
+]
 
 CONFIG_FILES = ("config.json", "hf_config.json", "train_config.json")
 """Where a policy's configuration is looked for, in this order."""
@@ -47,9 +56,10 @@ _LARGEST_PICTURE = MAXIMA["a camera's height"]
 NormMode = Literal["IDENTITY", "MEAN_STD", "MIN_MAX", "QUANTILE"]
 
 
-_OWN_PREFIX = "otau_"
+OWN_PREFIX = "otau_"
+"""Of keys that are not OpenTau's, and that every configuration written by otau has."""
 _OWN = {
-    name: _OWN_PREFIX + name
+    name: OWN_PREFIX + name
     for name in (
         "prompt_template",
         "clean_task",
@@ -220,7 +230,7 @@ def read_config(folder: Path, known_types: tuple[str, ...]) -> PolicyConfig:
             fix=nearest_name(named, known_types),
         )
     for key in policy:
-        if key.startswith(_OWN_PREFIX) and key not in _OWN.values():
+        if key.startswith(OWN_PREFIX) and key not in _OWN.values():
             raise CheckpointError(
                 "the configuration has an unknown key of otau's",
                 where=path,
