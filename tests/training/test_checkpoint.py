@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from otau.runtime.errors import CheckpointError, OtauError, UsageError
 from otau.toolchain.intake import load_checkpoint
+from otau.toolchain.memory import peak_rss_mb, reset_peak_rss
+from otau.training.policies.files import MAX_TEXT_BYTES
 from otau.training.policies.keys import EMBED_TOKENS, LM_HEAD
 
 Copy = Callable[..., Path]
@@ -260,3 +263,39 @@ def test_any_text_as_configuration_is_refused(tmp_path: Path, text: str) -> None
     (tmp_path / "config.json").write_text(text, encoding="utf-8", errors="surrogatepass")
     with pytest.raises(OtauError):
         load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["train_config.json", "model_dims.json", "config.json"])
+def test_a_configuration_of_gigabytes_is_not_read(name: str, tiny_copy: Copy) -> None:
+    path = tiny_copy() / name
+    path.touch()
+    os.truncate(path, MAX_TEXT_BYTES + 1 if name == "config.json" else 6 << 30)  # takes no room on the disk
+    reset_peak_rss()
+    before = peak_rss_mb()
+    with pytest.raises(CheckpointError, match="too large"):
+        load_checkpoint(path.parent)
+    assert peak_rss_mb() - before < 50
+
+
+VLM_LAYERS = "model.paligemma_with_expert.paligemma.model.language_model.layers."
+
+
+@pytest.mark.parametrize("numbers", [range(10, 3000), ["7"], ["01"], ["x"], ["\u00b2"], [""]])
+def test_layers_are_counted_by_their_numbers(numbers: Any, tiny_copy: Copy) -> None:
+    folder = tiny_copy()
+    extra = {f"{VLM_LAYERS}{number}.x": torch.zeros(0) for number in numbers}
+    edit_weights(folder, lambda tensors: tensors.update(extra))
+    with pytest.raises(CheckpointError, match="not numbered from 0 on"):
+        load_checkpoint(folder)
+
+
+def test_a_layer_left_out(tiny_copy: Copy) -> None:
+    folder = tiny_copy()
+
+    def move(tensors: dict[str, torch.Tensor]) -> None:
+        for key in [key for key in tensors if key.startswith(f"{VLM_LAYERS}1.")]:
+            tensors[key.replace(f"{VLM_LAYERS}1.", f"{VLM_LAYERS}5.")] = tensors.pop(key)
+
+    edit_weights(folder, move)
+    with pytest.raises(CheckpointError, match="not numbered from 0 on"):
+        load_checkpoint(folder)

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from otau.runtime.errors import CheckpointError
+from otau.runtime.errors import CheckpointError, UsageError
 from otau.toolchain.intake import load_checkpoint
 from otau.training import random_checkpoint
 from otau.training.policies import FAMILIES, PrefixInputs
@@ -198,3 +198,35 @@ def test_a_policy_decodes_at_the_flow_times_of_its_configuration(tiny_copy: Copy
             )
     difference = (answers["sum"] - answers["multiples"]).abs().max()
     assert 0 < difference < 1e-3
+
+
+def test_cameras_are_counted() -> None:
+    picture = Feature("VISUAL", (3, 224, 224))
+
+    def with_cameras(count: int) -> PolicyConfig:
+        state = {name: f for name, f in TINY.input_features.items() if f.type != "VISUAL"}
+        return changed(input_features=state | {f"camera{number}": picture for number in range(count)})
+
+    check_config(with_cameras(16), HERE)
+    with pytest.raises(CheckpointError, match="at most 16 features of type VISUAL"):
+        check_config(with_cameras(17), HERE)
+
+
+@pytest.mark.parametrize("index", ["1" * 5000, "\u00b2", "\u0661", "01", "-1", "", "1000000000"])
+def test_an_action_index_is_a_short_plain_number(index: str) -> None:
+    with pytest.raises(CheckpointError, match="a dimension that is not there"):
+        check_config(changed(delta_action_state_map={index: 0}), HERE)
+
+
+@pytest.mark.parametrize("shape", [[10**18], [3, 70_000, 4], [1] * 9, [10**30]])
+def test_shapes_are_bounded_when_they_are_read(shape: list[int], tmp_path: Path) -> None:
+    features = {"state": {"type": "STATE", "shape": shape}}
+    with pytest.raises(CheckpointError, match=r"<= (65536|8)"):
+        written(tmp_path, input_features=features)
+
+
+@pytest.mark.parametrize("kind", ["pi05" * 500_000, ["pi05"] * 100_000, {"a": [[[]]]}, None])
+def test_an_unknown_type_is_named_in_short(kind: Any, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="unknown policy type") as refused:
+        written(tmp_path, type=kind)
+    assert len(str(refused.value)) < 1000
