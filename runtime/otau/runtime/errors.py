@@ -19,6 +19,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from otau.runtime.messages import shortened
+
 __all__ = [
     "BundleError",
     "CheckError",
@@ -65,7 +67,7 @@ class OtauError(Exception):
         super().__init__(str(self))
 
     def parts(self) -> dict[str, str]:
-        """The message as a mapping, without the parts that were not given."""
+        """The message as a mapping, without the parts that were not given; long ones are cut."""
         named = {
             "what": self.what,
             "where": self.where,
@@ -73,12 +75,13 @@ class OtauError(Exception):
             "got": self.got,
             "fix": self.fix,
         }
-        return {name: str(value) for name, value in named.items() if value is not None}
+        return {name: shortened(str(value)) for name, value in named.items() if value is not None}
 
     def __str__(self) -> str:
         """The message, a line a part."""
-        lines = [self.what]
-        lines += [f"  {name + ':':<10}{text}" for name, text in self.parts().items() if name != "what"]
+        parts = self.parts()
+        lines = [parts.pop("what")]
+        lines += [f"  {name + ':':<10}{text}" for name, text in parts.items()]
         return "\n".join(lines)
 
 

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 
 from otau.runtime.errors import BundleError, UsageError, nearest_name
+from otau.runtime.messages import excerpt
 from otau.runtime.spec import NormMode
 
 __all__ = ["Normaliser", "find_head", "round_to_bfloat16"]
@@ -169,7 +170,7 @@ class Normaliser:
                 f"no such row in the statistics of the {self.name}",
                 where="dataset_index",
                 expected=f"0..{self._heads - 1}",
-                got=head.tolist(),
+                got=excerpt(head),
             )
         shape = (len(head), *([1] * (rank - 2)), -1)
         offset, scale, shift = (
@@ -204,5 +205,5 @@ def _checked_statistics(
         )
     for key, value in zip(keys, (first, second), strict=True):
         if not np.isfinite(value).all():
-            raise BundleError(f"the statistic {key} of the {name} is not finite", got=value.tolist())
+            raise BundleError(f"the statistic {key} of the {name} is not finite", got=excerpt(value))
     return first, second

@@ -16,6 +16,7 @@ from otau.runtime.bundle import Bundle
 from otau.runtime.engines import ENGINES, Engine, ResidentTensor, engine_class
 from otau.runtime.errors import BundleError, EngineError, MismatchError, UsageError, nearest_name
 from otau.runtime.manifest import GRAPHS
+from otau.runtime.messages import excerpt
 from otau.runtime.normalise import find_head
 from otau.runtime.observation import Observation, ObservationBatch
 from otau.runtime.prefix import KVCache, LocalPrefix, PrefixSource
@@ -274,7 +275,7 @@ class Policy:
                 raise UsageError(
                     "this policy does not take committed actions",
                     expected="no action_prefix and delay 0",
-                    got=f"delay {delays.tolist()}",
+                    got=f"delay {excerpt(delays)}",
                     fix="leave both out: the policy was trained without real-time chunking",
                 )
             return {}
@@ -282,7 +283,7 @@ class Policy:
             raise UsageError(
                 "the delay does not fit the chunk",
                 expected=f"0..{flow.chunk} control ticks",
-                got=delays.tolist(),
+                got=excerpt(delays),
                 fix="plan earlier, so that fewer actions are committed",
             )
         if delays.max() > flow.max_delay:

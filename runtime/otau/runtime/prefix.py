@@ -19,6 +19,7 @@ from otau.runtime.bundle import Bundle
 from otau.runtime.engines import Engine, ResidentTensor
 from otau.runtime.errors import UsageError, nearest_name
 from otau.runtime.images import pixels_from_image
+from otau.runtime.messages import excerpt
 from otau.runtime.observation import ObservationBatch
 from otau.runtime.prompt import PromptEncoder, state_bins, state_text
 from otau.runtime.tokens import check_range, checked_ids, checked_tokens
@@ -134,7 +135,7 @@ class LocalPrefix:
             raise UsageError(
                 "dataset_index does not pick rows of the normalisation statistics",
                 expected=f"{size} integers in 0..{count - 1} ({', '.join(self._manifest.norm.heads)})",
-                got=head.tolist(),
+                got=excerpt(head),
                 fix="give numbers of these rows; a bundle compiled with --norm-head has one only",
             )
         return head.astype(np.int64)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from otau.runtime.errors import UsageError
+from otau.runtime.messages import excerpt
 from otau.runtime.spec import PromptSpec
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def state_bins(normalised: np.ndarray, rule: Literal["clip", "digitize"] = "clip
     """
     values = np.asarray(normalised, np.float32)
     if np.isnan(values).any():
-        raise UsageError("the normalised state has NaN", got=values.tolist())
+        raise UsageError("the normalised state has NaN", got=excerpt(values))
     if rule == "digitize":
         return np.digitize(values.astype(np.float64), _EDGES) - 1
     clamped = np.clip(values, np.float32(-1), np.float32(1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from otau.runtime.errors import UsageError
+from otau.runtime.messages import excerpt
 
 __all__ = ["check_range", "checked_ids", "checked_tokens"]
 
@@ -74,6 +75,6 @@ def check_range(ids: np.ndarray, vocab: int, where: str, masks: np.ndarray | Non
             "a prompt has no token",
             where=where,
             expected="at least one real token a prompt",
-            got=f"{masks.sum(axis=-1).tolist()} real tokens",
+            got=f"{excerpt(masks.sum(axis=-1))} real tokens",
         )
     return ids.astype(np.int64)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from otau.runtime.errors import BundleError, UsageError
+from otau.runtime.messages import excerpt
 from otau.runtime.normalise import Normaliser
 from otau.runtime.spec import Manifest, VectorSpec
 
@@ -156,7 +157,7 @@ def _checked_vector(values: np.ndarray, shape: tuple[int | None, ...], name: str
     if not np.isfinite(values).all():
         raise UsageError(
             f"the {name} has values that are not finite",
-            got=values.tolist(),
+            got=excerpt(values),
             fix="check the sensor or the file they come from",
         )
     return values
@@ -170,7 +171,7 @@ def _normalised(normaliser: Normaliser, values: np.ndarray, head: np.ndarray) ->
         raise UsageError(
             f"the {normaliser.name} has values that are not finite once normalised",
             expected="values of the size that the policy was trained with",
-            got=values.tolist(),
+            got=excerpt(values),
             fix="check the units, and the dimensions' order",
         )
     return normalised

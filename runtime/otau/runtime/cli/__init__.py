@@ -9,10 +9,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
 
 from otau.runtime.errors import OtauError
+from otau.runtime.messages import printable
 
 __all__ = ["alias", "main"]
 
@@ -60,6 +62,9 @@ def _run(start: Callable[[], None]) -> None:
         for number in numbers:
             signal.signal(number, stop)
         _start_logging()
+        if isinstance(sys.stdout, TextIOWrapper):
+            # A name that cannot be encoded, from whatever file, is no reason to fail.
+            sys.stdout.reconfigure(errors="backslashreplace")
         _run_and_flush(start)
     except BaseException as error:
         for number in numbers:
@@ -74,7 +79,7 @@ def _run(start: Callable[[], None]) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             sys.exit(_FIRST_SIGNAL_CODE + signal.SIGPIPE)
         if isinstance(error, OtauError):
-            print(f"error: {error}", file=sys.stderr)
+            print(printable(f"error: {error}"), file=sys.stderr)
             sys.exit(error.exit_code)
         raise
 
@@ -100,4 +105,10 @@ def _start_logging() -> None:
     """Warnings go to stderr: stdout is for results."""
     import logging
 
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s: %(message)s")
+    class PrintableFormatter(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            return printable(super().format(record))
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(PrintableFormatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])

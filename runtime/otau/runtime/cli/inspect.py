@@ -10,10 +10,12 @@ import typer
 
 from otau.runtime.cli.options import RequireSignature
 from otau.runtime.errors import MissingDependencyError, UsageError
+from otau.runtime.messages import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from otau.runtime.bundle import Bundle
     from otau.runtime.checkpoint_facts import CheckpointFacts
@@ -122,14 +124,14 @@ def _print_bundle(console: Console, bundle: Bundle, signatures: list[dict[str, A
     )
     graphs = _table("graph", "file", "nodes", "parameters")
     for name, graph in manifest.graphs.items():
-        graphs.add_row(name, graph.file, f"{graph.nodes:,}", f"{graph.parameters:,}")
+        graphs.add_row(name, _text(graph.file), f"{graph.nodes:,}", f"{graph.parameters:,}")
     gates = _table("gate", "metric", "value", "limit", "passed", "control failed")
     for gate in manifest.gates:
         marks = ("yes" if gate.passed else "NO", "yes" if gate.control_failed else "NO")
-        gates.add_row(gate.name, gate.metric, f"{gate.value:.3g}", f"{gate.limit:.3g}", *marks)
+        gates.add_row(_text(gate.name), _text(gate.metric), f"{gate.value:.3g}", f"{gate.limit:.3g}", *marks)
     files = _table("file", "bytes", "SHA-256 (verified)")
     for name, file in manifest.files.items():
-        files.add_row(name, f"{file.bytes:,}", file.sha256[:16])
+        files.add_row(_text(name), f"{file.bytes:,}", file.sha256[:16])
     console.print(graphs, gates, files)
 
 
@@ -154,23 +156,28 @@ def _print_checkpoint(console: Console, facts: CheckpointFacts) -> None:
     )
     groups = _table("tensors", "number", "parameters")
     for group in facts.groups:
-        groups.add_row(group.name, f"{group.tensors:,}", f"{group.parameters:,}")
+        groups.add_row(_text(group.name), f"{group.tensors:,}", f"{group.parameters:,}")
     console.print(groups)
 
 
 def _print_facts(console: Console, title: str, facts: dict[str, str]) -> None:
     """A title and a line a fact."""
     from rich.table import Table
-    from rich.text import Text
 
-    console.print(Text(title, style="bold"))
+    console.print(_text(title, style="bold"))
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts.items():
-        # Text: names from the file may contain brackets, which are markup otherwise.
-        table.add_row(name, Text(value))
+        table.add_row(name, _text(value))
     console.print(table)
+
+
+def _text(value: str, style: str = "") -> Text:
+    """A text that may be from a file: brackets are no markup, and control characters are escaped."""
+    from rich.text import Text
+
+    return Text(printable(value), style=style)
 
 
 def _table(*columns: str) -> Table:
