@@ -22,7 +22,7 @@ from otau.toolchain.intake import load_checkpoint, open_checkpoint
 from otau.toolchain.intake.convert import convert_checkpoint
 from otau.toolchain.intake.safetensors import MAX_HEADER_BYTES, MAX_TENSORS, read_index, read_safetensors
 from otau.toolchain.intake.torch_file import read_torch_file
-from otau.toolchain.intake.zero_shards import read_model_states, read_optimizer_states
+from otau.toolchain.intake.zero_shards import agree, read_model_states, read_optimizer_states
 from otau.toolchain.memory import peak_rss_mb, reset_peak_rss
 
 from .test_intake_hostile import LEGACY_HEAD, as_zip, tensor_pickle
@@ -90,7 +90,7 @@ def test_entries_of_a_zip_file_are_counted(tmp_path: Path) -> None:
     locator = struct.pack("<4sIQI", b"PK\x06\x07", 0, end, 1)
     last = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
     path.write_bytes(data[:end] + wide + locator + last)
-    refused(lambda: read_torch_file(path), "100,001 entries")
+    refused(lambda: read_torch_file(path), "at most 100,000 are read")
 
 
 # --- DeepSpeed
@@ -122,6 +122,11 @@ def test_a_tag_longer_than_names_can_be(tag: bytes, tmp_path: Path) -> None:
     (tmp_path / "latest").write_bytes(tag)
     with pytest.raises(CheckpointError, match="the folder that `latest` names is missing"):
         open_checkpoint(tmp_path)
+
+
+def test_shards_that_differ_are_told_in_short(tmp_path: Path) -> None:
+    long = [("k" * 1_000_000, (1,))] * 300
+    refused(lambda: agree(tmp_path / "a", tmp_path / "b", "shapes", long, []), "their shapes differ", 10)
 
 
 # --- safetensors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,8 +227,8 @@ def agree(path: Path, other: Path, what: str, expected: Any, got: Any) -> None:
         refuse(
             f"shards of different runs: their {what} differs",
             other,
-            f"{str(expected)[:200]}, as in {path.name}",
-            str(got)[:200],
+            f"{reprlib.repr(expected)}, as in {path.name}",
+            reprlib.repr(got),
         )
 
 
