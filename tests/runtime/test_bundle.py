@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -269,3 +270,13 @@ def test_a_robot_that_does_not_fit_is_refused(bundle, given, expected):
     with pytest.raises(MismatchError, match=expected) as caught:
         Bundle.open(bundle).require(**given)
     assert caught.value.exit_code == 3
+
+
+def test_statistics_of_a_dtype_that_numpy_lacks_are_reported(make_bundle, tmp_path):
+    bundle = Bundle.open(make_bundle(tmp_path / "bundle"))
+    entry = {"dtype": "F8_E8M0", "shape": [2, 3], "data_offsets": [0, 6]}
+    header = json.dumps({"state.min": entry}).encode()
+    where = bundle.path / "stats.safetensors"
+    where.write_bytes(len(header).to_bytes(8, "little") + header + bytes(6))
+    with pytest.raises(BundleError, match="statistics cannot be read"):
+        bundle.stats()

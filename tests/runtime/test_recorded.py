@@ -207,3 +207,20 @@ def test_results_are_as_readable_as_any_new_file(tmp_path):
     (tmp_path / "other").touch()
     write_tensors(tmp_path / "out", {"actions": np.zeros(1, np.float32)})
     assert (tmp_path / "out").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+@pytest.mark.parametrize("shape", [[1, 8] + [1] * 70, [2**63, 0], [0, 8], [10**8, 0]])
+def test_a_shape_beyond_numpy_or_without_rows_is_refused(shape, tmp_path, manifest):
+    path = tmp_path / "io.safetensors"
+    data = bytes(4 * 8 * (0 not in shape))
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, len(data)]}
+    header = json.dumps({"state": entry}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    with pytest.raises(UsageError, match=r"a shape that is not read|has no state"):
+        read_recorded(path, manifest)
+
+
+def test_a_large_input_is_not_written_out(record, manifest):
+    with pytest.raises(UsageError) as caught:
+        read_recorded(record(num_steps=np.zeros(10**6, np.float32)), manifest)
+    assert len(caught.value.got) < 200

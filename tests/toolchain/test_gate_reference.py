@@ -161,3 +161,13 @@ def test_a_half_is_loaded_without_the_other(folder: str) -> None:
     assert np.array_equal(keys, cache_of.keys)
     assert np.array_equal(values, cache_of.values)
     assert np.array_equal(mask, cache_of.mask)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_is_infinitely_wrong_on_either_side(value: float) -> None:
+    sound, broken = np.zeros((1, 3, 2), np.float32), np.zeros((1, 3, 2), np.float32)
+    broken[0, 1, 0] = value
+    for got, reference in ((sound, broken), (broken, sound), (broken, broken)):
+        assert relative_error(got, reference) == float("inf")
+        assert relative_rms(got, reference) == float("inf")
+        assert action_rms(got, reference, (0,), 2) == float("inf")

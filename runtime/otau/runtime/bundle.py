@@ -174,7 +174,8 @@ class Bundle:
         where = self.file(STATS_NAME)
         try:
             tensors = load_file(where)
-        except (SafetensorError, OSError) as error:
+        # KeyError, AttributeError: a dtype that numpy does not have. ValueError, OverflowError: a shape.
+        except (SafetensorError, OSError, KeyError, AttributeError, ValueError, OverflowError) as error:
             raise BundleError(
                 "the normalisation statistics cannot be read", where=where, got=error
             ) from error

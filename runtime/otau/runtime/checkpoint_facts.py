@@ -32,6 +32,8 @@ _POLICY_KEYS = (
     "config_version",
     "delta_action_state_map",
 )
+_MAX_CONFIG_BYTES = 64 * 1024 * 1024
+"""Largest configuration that is read: that of a whole training run takes 0.1 MB."""
 _GROUP_DEPTH = 4
 """How many parts of a key name a group: enough to tell VLM, expert and projections apart."""
 
@@ -109,7 +111,11 @@ def _policy_config(path: Path) -> tuple[Path, dict[str, Any]]:
         if not file.is_file():
             continue
         try:
-            config = json.loads(file.read_bytes())
+            with file.open("rb") as opened:
+                data = opened.read(_MAX_CONFIG_BYTES + 1)
+            if len(data) > _MAX_CONFIG_BYTES:
+                raise ValueError(f"more than {_MAX_CONFIG_BYTES} bytes")
+            config = json.loads(data)
         except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(
                 "the checkpoint's configuration cannot be read", where=file, got=error

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from otau.runtime.errors import UsageError, nearest_name
+from otau.runtime.messages import excerpt
 from otau.runtime.observation import ObservationBatch
 from otau.runtime.permissions import make_as_readable_as_others
 from otau.runtime.spec import Manifest
@@ -87,11 +88,12 @@ def read_recorded(
                 fix=f"leave out {name} or inputs/{name}",
             )
         given[name] = value
-    if "state" not in given:
+    if "state" not in given or not given["state"].size:
+        names = ", ".join(given) or "no input"
         raise UsageError(
             "the recorded file has no state",
             where=where,
-            got=", ".join(given) or "no input",
+            got=f"state of shape {given['state'].shape}" if "state" in given else names,
             fix="add the raw state, (B, s), under the name state",
         )
     _check_steps(given, manifest, where)
@@ -219,7 +221,15 @@ def _array(name: str, entry: Mapping[str, Any], where: Path) -> np.ndarray:
             got=kind,
             fix="convert it to one of these",
         )
-    array = np.frombuffer(entry["data"], _DTYPES[kind]).reshape(entry["shape"])
+    try:
+        array = np.frombuffer(entry["data"], _DTYPES[kind]).reshape(entry["shape"])
+    except (ValueError, OverflowError) as error:
+        # safetensors has no bound on the number of sizes, nor on one beside a zero.
+        raise UsageError(
+            f"the recorded tensor {name!r} has a shape that is not read",
+            where=where,
+            got=f"{len(entry['shape'])} sizes, the first {entry['shape'][:4]}",
+        ) from error
     if kind == "BF16":
         return (array.astype(np.uint32) << 16).view(np.float32)
     return array.astype(np.float32) if array.dtype.kind == "f" else array
@@ -233,8 +243,8 @@ def _check_steps(given: Mapping[str, np.ndarray], manifest: Manifest, where: Pat
             "the recorded file was made with another number of flow steps than the bundle",
             where=where,
             expected=f"num_steps {manifest.flow.num_steps}",
-            got=f"num_steps {steps.tolist()}",
-            fix=f"compile again with --num-steps {steps.flat[0] if steps.size else 'N'}",
+            got=f"num_steps {excerpt(steps)}",
+            fix=f"compile again with --num-steps {steps.item() if steps.size == 1 else 'N'}",
         )
 
 
