@@ -134,7 +134,7 @@ def test_weights_in_16_bits(
     report = json.loads((c.destination / "report.json").read_text())
     assert report["precision"] == precision
     with Policy.open(c.destination) as rounded, Policy.open(whole.destination) as exact:
-        noise = np.random.default_rng(0).standard_normal((1, 10, 8)).astype(np.float32)
+        noise = np.random.default_rng(0).standard_normal((10, 8)).astype(np.float32)
         pictures = {name: np.zeros((56, 56, 3), np.uint8) for name in ("camera0", "camera1")}
         observation = Observation(images=pictures, state=np.zeros(8, np.float32), prompt="lift the cube")
         first, second = (p.infer(observation, noise=noise).normalised for p in (rounded, exact))
@@ -157,7 +157,7 @@ def test_an_unrolled_decoder_proved_on_a_narrow_twin(
     assert "Loop" not in operators(c.destination / "decoder.onnx")
     passed = {gate.name for gate in Bundle.open(c.destination).manifest.gates if gate.passed}
     assert passed == {"prefix", "fold", "decoder", "decoder_step", "actions"}
-    assert (looped / "decoder_step.onnx").read_bytes() == (c.destination / "decoder_step.onnx").read_bytes()
+    assert operators(looped / "decoder_step.onnx") == operators(c.destination / "decoder_step.onnx")
 
 
 def operators(graph: Path) -> set[str]:
