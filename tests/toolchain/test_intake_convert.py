@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from otau.runtime.errors import CheckpointError, UsageError
 from otau.toolchain.intake import open_checkpoint
@@ -140,6 +140,31 @@ def test_what_was_converted_converts_to_the_same(source: Path, tmp_path: Path) -
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     assert set(first) == set(second)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@needs_golden
+@pytest.mark.parametrize("size", ["5GB", "1KB"])
+def test_shared_tensors_survive_every_conversion(size: str, tmp_path: Path) -> None:
+    source = GOLDEN / "zero2_bf16"
+    convert_checkpoint(source, tmp_path / "a", max_shard_size=size)
+    convert_checkpoint(tmp_path / "a", tmp_path / "b")
+    first, *others = (open_checkpoint(folder).weights for folder in (source, tmp_path / "a", tmp_path / "b"))
+    assert len(first) > len({id(tensor) for tensor in first.values()})
+    for weights in others:
+        assert weights.keys() == first.keys()
+        assert all(torch.equal(weights[key].read(), first[key].read()) for key in first)
+
+
+def test_a_missing_configuration_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    save_file({"a": torch.ones(1)}, source / "model.safetensors")
+    convert_checkpoint(source, tmp_path / "a")
+    assert "has no configuration" in caplog.text
+    caplog.clear()
+    (source / "config.json").write_text("{}")
+    convert_checkpoint(source, tmp_path / "b")
+    assert not caplog.text
 
 
 def test_a_full_destination_is_left_alone(source: Path, tmp_path: Path) -> None:

@@ -29,8 +29,6 @@ from .test_intake_hostile import LEGACY_HEAD, as_zip, tensor_pickle
 from .test_intake_lerobot import edit_json, lerobot  # noqa: F401
 from .test_intake_openpi import openpi  # noqa: F401
 
-GOLDEN = Path(__file__).parents[3] / "shared" / "golden" / "zero"
-
 
 def text(value: str) -> bytes:
     data = value.encode("utf-8", "surrogatepass")
@@ -335,31 +333,6 @@ def test_shared_tensors_come_back(tmp_path: Path) -> None:
     assert weights["a.weight"] is weights["b.weight"]
     save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors", {"format": "a", "note": "of no tensor"})
     assert open_checkpoint(tmp_path).weights.keys() == {"a"}
-
-
-@pytest.mark.skipif(not GOLDEN.is_dir(), reason="../shared/golden/zero is not here")
-@pytest.mark.parametrize("size", ["5GB", "1KB"])
-def test_shared_tensors_survive_every_conversion(size: str, tmp_path: Path) -> None:
-    source = GOLDEN / "zero2_bf16"
-    convert_checkpoint(source, tmp_path / "a", max_shard_size=size)
-    convert_checkpoint(tmp_path / "a", tmp_path / "b")
-    first, *others = (open_checkpoint(folder).weights for folder in (source, tmp_path / "a", tmp_path / "b"))
-    assert len(first) > len({id(tensor) for tensor in first.values()})
-    for weights in others:
-        assert weights.keys() == first.keys()
-        assert all(torch.equal(weights[key].read(), first[key].read()) for key in first)
-
-
-def test_a_missing_configuration_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    source = tmp_path / "source"
-    source.mkdir()
-    save_file({"a": torch.ones(1)}, source / "model.safetensors")
-    convert_checkpoint(source, tmp_path / "a")
-    assert "has no configuration" in caplog.text
-    caplog.clear()
-    (source / "config.json").write_text("{}")
-    convert_checkpoint(source, tmp_path / "b")
-    assert not caplog.text
 
 
 @pytest.mark.parametrize("family", ["pi0", "pi05"])
