@@ -307,6 +307,17 @@ def test_another_configuration_is_another_policy(
         verify_bundle(bundle, checkpoint)
 
 
+def test_another_tokenizer_is_another_policy(bundle: Path, checkpoint: Path) -> None:
+    path = checkpoint / "tokenizer.json"
+    document = json.loads(path.read_text())
+    document["normalizer"] = {"type": "Lowercase"}
+    path.write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match="its tokenizer differs"):
+        verify_bundle(bundle, checkpoint)
+    path.unlink()
+    assert not failed(verify_bundle(bundle, checkpoint))
+
+
 def test_another_family_is_another_policy(bundle: Path, tiny: Callable[[str], Path]) -> None:
     with pytest.raises(CheckpointError, match="policy type"):
         verify_bundle(bundle, tiny("pi0"))

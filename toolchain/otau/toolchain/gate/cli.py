@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from otau.runtime.errors import UsageError
+from otau.runtime.messages import printable
 
 __all__ = ["verify"]
 
@@ -35,7 +36,7 @@ def verify(
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Repeat a bundle's gates on this machine.
+    """Repeat a bundle's gates on this machine: every gate on the engines.
 
     The engine that the bundle was compiled for runs its graphs on the probes in the bundle. The results are
     held against the answers in it and the limits of its manifest, with every negative control. That needs
@@ -99,10 +100,7 @@ def _print(document: dict[str, Any]) -> None:
         names = ", ".join(gate["name"] for gate in document["gates"] if gate["metric"] == metric)
         console.print(f"{names}: {metric}", markup=False)
     ran = ", ".join(f"{graph} on {provider}" for graph, provider in document["providers"].items())
-    console.print(f"{document['engine']} ran {ran}", markup=False)
+    console.print(printable(f"{document['engine']} ran {ran}"), markup=False)
     verdict = "every gate passed" if document["passed"] else "NOT the policy that it was compiled from"
-    console.print(
-        f"{document['policy']} for {document['target']}, {document['precision']},"
-        f" {document['num_steps']} steps: {verdict}",
-        markup=False,
-    )
+    of = f"{document['policy']} for {document['target']}, {document['precision']}"
+    console.print(printable(f"{of}, {document['num_steps']} steps: {verdict}"), markup=False)

@@ -19,6 +19,7 @@ from otau.toolchain.intake import load_checkpoint
 from otau.toolchain.manifest import ManifestFromCheckpoint, head_names
 from otau.toolchain.overrides import Overrides, apply_overrides
 from otau.toolchain.targets import find_target
+from otau.toolchain.tokenizer import has_tokenizer, read_tokenizer
 from otau.training.policies import Checkpoint
 
 __all__ = ["new_reference"]
@@ -40,7 +41,7 @@ def new_reference(
 
     Raises:
         UsageError: There is no checkpoint.
-        CheckpointError: It is not the one that was compiled, or damaged.
+        CheckpointError: It is not the one that was compiled, has another tokenizer, or is damaged.
     """
     on_stage("read the checkpoint")
     # Its values are judged by what comes out.
@@ -110,12 +111,31 @@ def _refuse_other_policy(checkpoint: Checkpoint, bundle: Bundle) -> None:
     for name in fields:
         if getattr(manifest, name) != getattr(expected, name):
             raise _other_policy(checkpoint.folder, name, getattr(manifest, name), getattr(expected, name))
+    _refuse_other_tokenizer(checkpoint, bundle)
     stored = {f"{kind}.{name}": v for kind, by_name in bundle.stats().items() for name, v in by_name.items()}
     given = checkpoint.statistics
     differing = [key for key in stored.keys() | given.keys() if not _equal(stored.get(key), given.get(key))]
     if differing:
         name = f"statistics ({', '.join(sorted(differing))})"
         raise _other_policy(checkpoint.folder, name, "those in the bundle", "others")
+
+
+def _refuse_other_tokenizer(checkpoint: Checkpoint, bundle: Bundle) -> None:
+    """Refuse a checkpoint whose tokenizer, if it has one, is not the bundle's."""
+    name = bundle.manifest.prompt.tokenizer
+    if name is None or not has_tokenizer(checkpoint.folder):
+        return
+    given = read_tokenizer(checkpoint.folder, checkpoint.dims.vocab)
+    compiled = bundle.tokenizer()
+    if compiled is None or compiled.to_str() != given:
+        raise CheckpointError(
+            "this checkpoint is not the one that was compiled: its tokenizer differs",
+            where=checkpoint.folder,
+            expected=f"that in {bundle.file(name)}",
+            got="another one",
+            fix="name the checkpoint of this bundle; if that was compiled with --tokenizer, take its own"
+            " tokenizer out of it",
+        )
 
 
 def _equal(one: np.ndarray | None, other: np.ndarray | None) -> bool:
