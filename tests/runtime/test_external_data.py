@@ -237,3 +237,15 @@ def test_opening_a_bundle_refuses_weights_below_engines(bundle: Path) -> None:
     with pytest.raises(BundleError, match="manifest does not list") as caught:
         Bundle.open(out)
     assert caught.value.got == "'engines/weights'"
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (HOSTILE["a tag beyond 32 bits"], "shortest form"),
+        (HOSTILE["a cut field"], "longer than what it is in"),
+    ],
+)
+def test_what_is_wrong_is_said(data: bytes, said: str, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=said):
+        check(tmp_path, data)
