@@ -57,7 +57,7 @@ def seal(c: Compilation, key: str) -> None:
         data = msgspec.json.format(msgspec.json.encode(document), indent=2)
         (writer.path / "report.json").write_bytes(data + b"\n")
         (writer.path / "report.html").write_text(html_report(document), encoding="utf-8")
-        (writer.path / "README.md").write_text(card(manifest), encoding="utf-8")
+        (writer.path / "README.md").write_text(card(manifest, c.allow), encoding="utf-8")
         c.manifest = writer.seal(manifest, c.cache.hashes.sha256)
     for name, file in c.manifest.files.items():
         # Linking and sealing touched them.
