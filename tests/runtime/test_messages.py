@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
 
 import numpy as np
@@ -14,6 +15,16 @@ from hypothesis import strategies as st
 from otau.runtime import cli
 from otau.runtime.errors import OtauError, UsageError
 from otau.runtime.messages import excerpt, printable, shortened
+
+
+@pytest.fixture(autouse=True)
+def _signals():
+    """A command ends with signals ignored, since it ends; these tests' process goes on."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
 
 HOSTILE = "\x1b[2J\x07\r\x9b31m\u202e\u2066\u200f\ud800\u2028"
 
