@@ -163,7 +163,7 @@ def test_a_bundle_without_a_tokenizer_moves_nothing(monkeypatch, bundle):
     prompt = msgspec.structs.replace(opened.manifest.prompt, tokenizer=None)
     opened.manifest = msgspec.structs.replace(opened.manifest, prompt=prompt)
     robot = StrangeRobot(max_steps=10)
-    monkeypatch.setattr(Bundle, "open", lambda path: opened)
+    monkeypatch.setattr(Bundle, "open", lambda path, **options: opened)
     monkeypatch.setattr(registry, "open_robot", lambda target: robot)
     with pytest.raises(UsageError, match="token ids") as refusal:
         cli.run(bundle, "strange:task")

@@ -16,8 +16,6 @@ from otau.runtime.cli.options import RequireSignature
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from otau.runtime import Bundle
-
 __all__ = ["run"]
 
 
@@ -67,17 +65,17 @@ def run(
     Example: otau run my_bundle --robot robosuite:Lift --steps 200 --video lift.mp4
     """
     from otau.robot.streams import stdout_to_stderr
-    from otau.runtime import Bundle
 
     options = {} if libero_assets is None else {"assets": libero_assets}
     with stdout_to_stderr():
-        opened = Bundle.open(bundle, require_signature=require_signature)
-        document = _drive(opened, robot, options, steps, video, seed, prompt, norm_head, realtime)
+        document = _drive(
+            bundle, robot, options, steps, video, seed, prompt, norm_head, realtime, require_signature
+        )
     print(json.dumps(document, indent=2) if json_output else _summary(document))
 
 
 def _drive(
-    bundle: Bundle,
+    bundle_path: Path,
     target: str,
     options: dict[str, Any],
     steps: int | None,
@@ -86,12 +84,13 @@ def _drive(
     prompt: str | None,
     norm_head: str | None,
     realtime: bool,
+    require_signature: list[Path] | None,
 ) -> dict[str, Any]:
     """Run the episode and say what happened; whatever does not fit is refused before anything moves."""
     from otau.robot.episode import run_episode
     from otau.robot.registry import open_robot, robot_names
     from otau.robot.video import VideoWriter
-    from otau.runtime import Policy
+    from otau.runtime import Bundle, Policy
     from otau.runtime.errors import UsageError
 
     name, _, task = target.partition(":")
@@ -102,6 +101,7 @@ def _drive(
             expected="--robot libero:SUITE/TASK",
             fix="leave --libero-assets out",
         )
+    bundle = Bundle.open(bundle_path, require_signature=require_signature)
     with ExitStack() as stack:
         robot = stack.enter_context(open_robot(target, **options))
         spec = robot.spec
