@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
@@ -137,3 +138,21 @@ def test_what_is_not_a_model_is_refused(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(EngineError, match="cannot load"):
         engine_class("onnxruntime").open(path)
+
+
+@pytest.mark.parametrize(("bound", "mapped"), [(0, True), (1 << 20, False)])
+def test_large_weights_stay_in_their_file(adder, monkeypatch, bound, mapped):
+    """Otherwise ONNX Runtime holds them twice, which at full size is 11 GB more."""
+    asked = []
+
+    class Options(onnxruntime.SessionOptions):
+        def add_session_config_entry(self, key, value):
+            asked.append(key)
+            super().add_session_config_entry(key, value)
+
+    adder.with_name(f"{adder.name}.data").write_bytes(b"weights")
+    monkeypatch.setattr(onnxruntime, "SessionOptions", Options)
+    monkeypatch.setattr("otau.runtime.engines.onnxruntime._MAPPED_BYTES", bound)
+    with engine_class("onnxruntime").open(adder) as engine:
+        np.testing.assert_array_equal(engine.run(arrays())["z"], np.full((2, 3), 3))
+    assert ("session.disable_prepacking" in asked) == mapped

@@ -204,6 +204,11 @@ def test_the_verb_shows_and_prunes(tmp_path: Path) -> None:
     wrong = subprocess.run([OTAU, "cache", "--older-than", "7"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 2
     assert "--prune" in wrong.stderr
+    mistyped = subprocess.run(
+        [OTAU, "cache", "--cache", tmp_path / "nowhere"], capture_output=True, text=True, check=False
+    )
+    assert mistyped.returncode == 2
+    assert "no such cache folder" in mistyped.stderr
 
 
 def keys(new_compilation: New, source: Path, cache: Path, **options: object) -> dict[str, str]:
@@ -267,3 +272,19 @@ def test_a_pipe_in_the_cache_does_not_hang(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     os.mkfifo(folder / "entry.json")
     assert cache.find("stage", "ab" * 32) is None
+
+
+def test_the_configuration_above_a_zero_tag_folder_counts(new_compilation: New, tmp_path: Path) -> None:
+    golden = (
+        Path(__file__).resolve().parents[2].parent / "shared" / "golden" / "zero" / "opentau_shaped_zero2"
+    )
+    if not golden.is_dir():
+        pytest.skip(f"no golden checkpoint at {golden}")
+    folder = Path(shutil.copytree(golden, tmp_path / "checkpoint"))
+    tag, config = folder / "pytorch_model", folder / "train_config.json"
+    before = keys(new_compilation, tag, tmp_path / "cache")
+    assert keys(new_compilation, tag, tmp_path / "cache") == before
+    text = config.read_text()
+    config.unlink()
+    config.write_text(text + " ")
+    assert keys(new_compilation, tag, tmp_path / "cache")["intake"] != before["intake"]

@@ -112,6 +112,8 @@ def test_a_bad_checkpoint_gets_one_clear_message(
         (["compile", "checkpoint", "-o", "b", "--target", "jetsn"], ["unknown target", "cpu"]),
         (["compile", "checkpoint", "-o", "b", "--precision", "fp8"], ["no precision", "fp32"]),
         (["compile", "checkpoint", "-o", "b", "--num-steps", "0"], ["--num-steps"]),
+        (["compile", "checkpoint", "-o", "b", "--decoder", "lop"], ["did you mean 'loop'"]),
+        (["compile", "checkpoint", "-o", "b", "--allow", "seed"], ["fp32", "--allow"]),
         (["compile", "checkpoint", "-o", "checkpoint"], ["not a bundle"]),
         (["compile", "checkpoint", "-o", "b", "--tokenizer", "."], ["no tokenizer"]),
         (["compile", "checkpoint"], ["--out"]),

@@ -108,6 +108,14 @@ def compile_checkpoint(
         if given not in valid:
             raise UsageError(f"unknown name {given!r}", where=flag, fix=nearest_name(given, valid))
     found, precision = find_target(target, precision)
+    if allow and precision == "fp32":
+        raise UsageError(
+            "fp32 is allowed no more than its own limits",
+            where=f"--allow {allow}",
+            expected="--precision bf16 or fp16 with it",
+            got="fp32",
+            fix="leave --allow out",
+        )
     require("onnx_ir", extra="toolchain")
     pipeline = require("otau.toolchain.pipeline", extra="toolchain")
     compilation = Compilation(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 
 import onnx_ir as ir
 
@@ -24,11 +22,10 @@ from otau.runtime.spec import (
 )
 from otau.toolchain.graph.simplify import count_nodes, count_parameters
 from otau.toolchain.targets import Target
+from otau.toolchain.versions import package_versions
 from otau.training.policies import Checkpoint
 
-__all__ = ["GraphSpecFromModel", "ManifestFromCheckpoint", "head_names", "package_versions"]
-
-_PACKAGES = ("otau", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
+__all__ = ["GraphSpecFromModel", "ManifestFromCheckpoint", "head_names"]
 
 
 def ManifestFromCheckpoint(  # noqa: N802 (converters are named <Target>From<Source>)
@@ -117,11 +114,6 @@ def GraphSpecFromModel(file: str, model: ir.Model) -> GraphSpec:  # noqa: N802
         nodes=count_nodes(model),
         parameters=count_parameters(model),
     )
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that have a hand in a bundle."""
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in _PACKAGES}
 
 
 def _template(checkpoint: Checkpoint) -> str:

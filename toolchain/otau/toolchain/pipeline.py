@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 
 import otau
@@ -27,11 +25,9 @@ from otau.toolchain.cache.sources import digest, folder_digest
 from otau.toolchain.compilation import Compilation, StageRun
 from otau.toolchain.memory import peak_rss_mb, reset_peak_rss
 from otau.toolchain.tokenizer import TOKENIZER_FILES, has_tokenizer
+from otau.toolchain.versions import package_versions
 
-__all__ = ["PACKAGES", "STAGES", "Stage", "compile_bundle", "package_versions", "stage_keys"]
-
-PACKAGES = ("otau", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
-"""What has a hand in a bundle."""
+__all__ = ["STAGES", "Stage", "compile_bundle", "stage_keys"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +66,15 @@ def _intake_options(c: Compilation) -> object:
         for path in (folder / name for name in (*TOKENIZER_FILES, "tokenizer_config.json"))
         if path.is_file()
     }
-    return [source, tokenizer, dict(c.overrides)]
+    # A ZeRO tag folder is read with the configuration of the folder above it.
+    above = c.source.parent
+    configuration = sorted(above.glob("*.json")) if (above / "latest").is_file() else []
+    return [
+        source,
+        [(path.name, c.cache.hashes.sha256(path)) for path in configuration if path.is_file()],
+        tokenizer,
+        dict(c.overrides),
+    ]
 
 
 def _target_options(c: Compilation) -> object:
@@ -161,11 +165,6 @@ def _naming(stage: str, c: Compilation) -> Iterator[None]:
         if c.runs:
             error.where = f"{error.where or 'compilation'} (stage {stage}, after {', '.join(c.runs)})"
         raise
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that have a hand in a bundle."""
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
 
 
 @cache

@@ -51,6 +51,8 @@ def cache(
         raise UsageError(
             "an age was given, but nothing is to be removed", where="--older-than", fix="add --prune"
         )
+    if folder is not None and not folder.is_dir():
+        raise UsageError("there is no such cache folder", where=f"--cache {folder}", fix="check the path")
     found = CompileCache(folder or default_root())
     document = _prune(found, older_than or 0.0) if prune else _show(found)
     if json_output:
